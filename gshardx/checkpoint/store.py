@@ -1,0 +1,211 @@
+"""Checkpoints of a run: asynchronous, sharded, checksummed. The only module that knows Orbax.
+
+RUN_DIR/checkpoints/STEP holds the items ``params``, ``optimizer``, ``rng`` and ``data``, each readable alone, and a
+manifest of checksums. Each array is a folder of its own (no OCDBT), so that a damaged file names its array.
+"""
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from gshardx.checkpoint.manifest import Manifest, Shapes, damage, read_manifest, write_manifest
+from gshardx.errors import BadInput
+
+Items = dict[str, Any]
+"""Item name to a pytree of arrays, or to a Grain iterator."""
+
+_SPLIT_REPLICAS_FROM = 1 << 20  # bytes: below it, one device writes an array that many hold, into one file
+_TIMEOUT_SECONDS = 3600
+
+
+class CheckpointStore:
+    """Saves steps of one run and finds the newest good one.
+
+    Args:
+        folder: RUN_DIR/checkpoints.
+        every: steps between saves.
+        keep: newest steps to keep.
+        extra: facts to store with every step (JSON).
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int, extra: dict[str, Any] | None = None) -> None:
+        self.folder = folder.absolute()
+        self.extra = extra or {}
+        _remove_unfinished(self.folder)
+        training = ocp.training
+        self._orbax = training.Checkpointer(
+            self.folder,
+            context=_context(),
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(every),
+            preservation_policy=training.preservation_policies.LatestN(keep),
+        )
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._saved: int | None = None
+
+    def save(self, step: int, items: Items, *, force: bool = False) -> bool:
+        """Start saving ``items`` if the step is due (or ``force``); return whether it was started.
+
+        The arrays are copied to the host before this returns, so they may be donated. One save is in flight at a time.
+
+        Raises:
+            BadInput: this or the previous save failed, for example on a full disk.
+        """
+        if step == self._saved or not (force or self._orbax.should_save(step)):
+            return False
+        self.wait()
+        self._saved = step
+        try:
+            response = self._orbax.save_checkpointables_async(step, items, force=force)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._pending = self._background.submit(self._finish, step, response, array_shapes(items))
+        return True
+
+    def check(self) -> None:
+        """Raise BadInput if a save failed in the background; cheap, called every step."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            BadInput: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for the save in flight and stop the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._orbax.close()
+
+    def _finish(self, step: int, response: Any, shapes: Shapes) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                write_manifest(self.folder / str(step), shapes, self.extra)
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def _failed(self, step: int, error: Exception) -> BadInput:
+        full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+        reason = "the disk is full" if full else (str(error).splitlines() or [type(error).__name__])[0][:200]
+        older = [good for good in finished_steps(self.folder) if good < step]
+        rest = f"it continues from step {older[-1]}" if older else "it starts again"
+        return BadInput(
+            f"{self.folder / str(step)}: the checkpoint could not be saved ({reason}); mend that and run the same "
+            f"command: {rest}"
+        )
+
+
+def newest_good_step(folder: Path, item: str = "", report: Callable[[str], None] = print) -> int | None:
+    """The newest step below ``folder`` whose files all have their checksums; ``report`` gets a line for each bad one.
+
+    Args:
+        folder: RUN_DIR/checkpoints.
+        item: look at this item's files only.
+        report: where lines go.
+    """
+    for step in reversed(_step_folders(folder)):
+        manifest = read_manifest(folder / str(step))
+        if manifest is None:
+            report(f"checkpoint {folder / str(step)}: unfinished, or its manifest is damaged; trying an older one")
+            continue
+        bad = damage(folder / str(step), manifest, f"{item}/" if item else "")
+        if bad is None:
+            return step
+        report(f"checkpoint {folder / str(step)}: {bad}; trying an older one")
+    return None
+
+
+def set_aside(folder: Path, after: int) -> None:
+    """Move every step later than ``after`` to RUN_DIR/damaged, so that it can be saved again and nothing is lost."""
+    for step in _step_folders(folder):
+        if step > after:
+            target = folder.parent / "damaged" / str(step)
+            target.parent.mkdir(exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            (folder / str(step)).rename(target)
+
+
+def load(folder: Path, step: int, abstract: Items) -> Items:
+    """Read the items named in ``abstract`` from a step, each array straight into the sharding that ``abstract`` gives.
+
+    A Grain iterator in ``abstract`` is set to the saved position.
+
+    Raises:
+        BadInput: names, shapes or dtypes differ from what was saved; lists the first few differences.
+    """
+    manifest = read_manifest(folder / str(step))
+    assert manifest is not None, f"step {step} was not checked"
+    _compare(folder / str(step), array_shapes(abstract), manifest)
+    with _context():
+        loaded: Items = ocp.load_checkpointables(folder.absolute() / str(step), abstract)
+    return loaded
+
+
+def finished_steps(folder: Path) -> list[int]:
+    """Steps with a manifest, ascending; their files are not looked at."""
+    return [step for step in _step_folders(folder) if read_manifest(folder / str(step)) is not None]
+
+
+def array_shapes(items: Items) -> Shapes:
+    """Shape and dtype of every array of ``items`` by name."""
+    shapes: Shapes = {}
+    for item, tree in items.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if hasattr(leaf, "shape"):
+                name = ".".join(
+                    str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+                )
+                shapes[f"{item}/{name}"] = (list(leaf.shape), str(leaf.dtype))
+    return shapes
+
+
+def _compare(step: Path, expected: Shapes, manifest: Manifest) -> None:
+    items = {name.split("/")[0] for name in expected}
+    found = {name: shape for name, shape in manifest.arrays.items() if name.split("/")[0] in items}
+    lines = [
+        f"{name}: model expects {expected.get(name, 'nothing')}, checkpoint has {found.get(name, 'nothing')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise BadInput(f"{step}: {'; '.join(lines[:3])}{more}. Use the config that it was trained with")
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    # With the default mode a folder whose commit file is gone is still listed and loaded.
+    context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    context.asynchronous.timeout_secs = _TIMEOUT_SECONDS
+    context.array.saving.use_ocdbt = False
+    context.array.saving.min_slice_bytes_for_replica_parallel = _SPLIT_REPLICAS_FROM
+    return context
+
+
+def _step_folders(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Delete what a killed save left: a folder that never got a manifest."""
+    if folder.is_dir() and jax.process_index() == 0:
+        for path in folder.iterdir():
+            if path.is_dir() and not any(path.glob("manifest.json")):
+                shutil.rmtree(path)

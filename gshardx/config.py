@@ -1,0 +1,249 @@
+"""One tree of frozen dataclasses that describes a run, and the rules that its values keep.
+
+Every command reads it from a YAML file and ``--section.field`` overrides (gshardx/cli.py); RUN_DIR/config.yaml holds
+what ran. Values that contradict each other raise BadInput, naming both and a value that would work.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from gshardx.errors import BadInput
+from gshardx.sharding import MeshConfig
+
+
+def _positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise BadInput(f"{section}.{name} = {value}: must be above 0")
+
+
+def _at_least_zero(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise BadInput(f"{section}.{name} = {value}: must be 0 or more")
+
+
+def _divisor(of: int, at_most: int) -> int:
+    """The largest divisor of ``of`` that is ``at_most`` or less."""
+    return next(n for n in range(min(of, max(at_most, 1)), 0, -1) if of % n == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """The Mixture-of-Experts layers."""
+
+    num_experts: int = 8
+    """Experts in each MoE layer."""
+    top_k: int = 2
+    """Experts that each token chooses."""
+    every: int = 2
+    """Every how many blocks one is an MoE block: 1 all of them, 2 every other, as in GShard."""
+    capacity_factor: float = 1.25
+    """Room of an expert in training, as a multiple of an even share of the choices."""
+    hidden: int = 256
+    """Hidden units of an expert."""
+    group_size: int | None = None
+    """Tokens that compete for slots; default: one sequence."""
+    second_expert: Literal["all", "random"] = "all"
+    """all: keep every choice that finds room; random: keep second choices with probability 2 * gate (GShard)."""
+    dispatcher: Literal["gather", "einsum"] = "gather"
+    """gather: by index; einsum: GShard's one-hot form."""
+    aux_loss_weight: float = 0.01
+    """Weight of the auxiliary loss, which is 1.0 a layer at perfect balance."""
+
+    def __post_init__(self) -> None:
+        _positive("model.moe", self, "num_experts", "top_k", "every", "capacity_factor", "hidden", "group_size")
+        _at_least_zero("model.moe", self, "aux_loss_weight")
+        if self.top_k > self.num_experts:
+            raise BadInput(
+                f"model.moe.top_k = {self.top_k} is more than model.moe.num_experts = {self.num_experts}; "
+                f"use a top_k of {self.num_experts} or less"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder-only transformer."""
+
+    layers: int = 4
+    """Blocks; a multiple of moe.every."""
+    width: int = 128
+    """Width of the residual stream."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 2
+    """Key and value heads; divides heads."""
+    head_dim: int = 32
+    """Width of a head; even."""
+    hidden: int = 512
+    """Hidden units of the dense blocks."""
+    activation: Literal["swiglu", "relu"] = "swiglu"
+    """Non-linearity of dense blocks and experts."""
+    rope_base: float = 10_000.0
+    """Base of the rotary positions."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type to compute in; parameters, routers and losses are float32."""
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+
+    def __post_init__(self) -> None:
+        _positive("model", self, "layers", "width", "heads", "kv_heads", "head_dim", "hidden", "rope_base")
+        if self.layers % self.moe.every:
+            up = math.ceil(self.layers / self.moe.every) * self.moe.every
+            raise BadInput(
+                f"model.layers = {self.layers} is not a multiple of model.moe.every = {self.moe.every}; use {up} layers"
+            )
+        if self.heads % self.kv_heads:
+            raise BadInput(
+                f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}; "
+                f"use {_divisor(self.heads, self.kv_heads)} kv_heads"
+            )
+        if self.head_dim % 2:
+            raise BadInput(f"model.head_dim = {self.head_dim}: rotary positions turn pairs; use {self.head_dim + 1}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text in."""
+
+    path: str = "shakespeare"
+    """A file, folder or glob of .txt, .jsonl or .parquet; "shakespeare" is the corpus inside the package."""
+    column: str = "text"
+    """Field of a JSONL line or column of a Parquet file that holds the text."""
+    tokenizer: str = "bpe"
+    """"bpe" (byte-level, trained on the training text), "bytes", or the path of a tokenizer.json."""
+    vocab_size: int = 1024
+    """Tokens of a trained BPE."""
+    sequence_length: int = 256
+    """Tokens in a training sequence."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out; at least one."""
+
+    def __post_init__(self) -> None:
+        _positive("data", self, "vocab_size", "sequence_length")
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise BadInput(f"data.vocab_size = {self.vocab_size}: 256 bytes and the end token need 257 or more")
+        if not 0 < self.validation_fraction < 1:
+            raise BadInput(f"data.validation_fraction = {self.validation_fraction}: must lie between 0 and 1; use 0.05")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) with linear warm-up and cosine decay."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    warmup_steps: int = 50
+    """Steps to the peak; at most train.steps."""
+    final_fraction: float = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms are exempt."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        _positive("optimizer", self, "learning_rate", "epsilon", "clip_norm")
+        _at_least_zero("optimizer", self, "warmup_steps", "final_fraction", "weight_decay")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"optimizer.{name} = {getattr(self, name)}: must be 0 or more and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, what to report."""
+
+    steps: int = 400
+    """Steps of the whole run."""
+    batch_size: int = 16
+    """Sequences in a step, over all devices."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out text; 0: only at the end."""
+    sample_tokens: int = 150
+    """Length of the text generated at the end; 0: none."""
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "steps", "batch_size", "log_every")
+        _at_least_zero("train", self, "eval_every", "sample_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints to keep; at least 2, so that a damaged one has an older to fall back to."""
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint", self, "every")
+        if self.keep < 2:
+            raise BadInput(f"checkpoint.keep = {self.keep}: a damaged checkpoint needs an older one; use 2 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    run_dir: str | None = None
+    """Where the run lives; default: runs/<name of the config file>."""
+    seed: int = 0
+    """Of initial weights, data order and routing."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        check_model_on_mesh(self.model, self.mesh)
+        shards, batch = self.mesh.batch_shards, self.train.batch_size
+        if batch % shards:
+            raise BadInput(
+                f"train.batch_size = {batch} does not divide over mesh data * fsdp * expert = {shards}; "
+                f"use a batch_size of {math.ceil(batch / shards) * shards}"
+            )
+        group = self.model.moe.group_size
+        if group is not None and (batch // shards * self.data.sequence_length) % group:
+            tokens = batch // shards * self.data.sequence_length
+            raise BadInput(
+                f"model.moe.group_size = {group} does not divide the {tokens} tokens that a device holds; "
+                f"use {_divisor(tokens, group)}"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise BadInput(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than train.steps = "
+                f"{self.train.steps}; use {self.train.steps // 10} warm-up steps"
+            )
+
+
+def check_model_on_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
+    """Raise BadInput unless every dimension that the mesh splits divides over its axis."""
+    split = [
+        ("model.moe.num_experts", model.moe.num_experts, "expert"),
+        ("model.width", model.width, "fsdp"),
+        ("model.heads", model.heads, "tensor"),
+        ("model.kv_heads", model.kv_heads, "tensor"),
+        ("model.hidden", model.hidden, "tensor"),
+        ("model.moe.hidden", model.moe.hidden, "tensor"),
+    ]
+    for name, value, axis in split:
+        parts = mesh.shape[axis]
+        if value % parts:
+            raise BadInput(
+                f"{name} = {value} does not divide over mesh.{axis} = {parts}; use mesh.{axis} = "
+                f"{_divisor(value, parts)} or {name} = {math.ceil(value / parts) * parts}"
+            )

@@ -1,0 +1,130 @@
+"""Text to token ids and back, in the ecosystem's tokenizer.json format."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from gshardx.errors import BadInput
+
+END = "<|endoftext|>"
+KNOWN_ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+
+
+class Tokenizer:
+    """A ``tokenizers.Tokenizer`` and its end-of-text token, which stands between documents.
+
+    Special tokens written in a text are read as plain text: no document can end another.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, name: str) -> None:
+        ends = [token for token in KNOWN_ENDS if inner.token_to_id(token) is not None]
+        if not ends:
+            raise BadInput(f"{name}: has no end-of-text token; add one of {', '.join(KNOWN_ENDS)}")
+        inner.encode_special_tokens = True
+        self.inner = inner
+        self.end = int(inner.get_vocab()[ends[0]])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.inner.get_vocab_size())
+
+    @property
+    def text(self) -> str:
+        """The content of its tokenizer.json."""
+        return str(self.inner.to_str())
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of ``text``, int32, no special tokens added."""
+        return np.asarray(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each document between two end tokens, so that its first token has something to follow."""
+        end = np.asarray([self.end], np.int32)
+        batch = self.inner.encode_batch(texts, add_special_tokens=False)
+        return [np.concatenate([end, np.asarray(one.ids, np.int32), end]) for one in batch]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self.inner.decode(list(ids), skip_special_tokens=True))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text piece by piece as ids arrive; a piece ends only at a whole character."""
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        for token in ids:
+            piece = stream.step(self.inner, int(token))
+            if piece:
+                yield piece
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.text, encoding="utf-8")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        BadInput: it is missing, damaged, or has no end-of-text token.
+    """
+    try:
+        inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: can't read the tokenizer ({error.strerror})") from error
+    except Exception as error:  # tokenizers raises plain Exception
+        reason = str(error).splitlines()[0][:120]
+        raise BadInput(f"{path}: not a tokenizer.json, or a damaged one ({reason}); restore or retrain it") from error
+    return Tokenizer(inner, str(path))
+
+
+def build_tokenizer(kind: str, vocab_size: int, texts: list[str]) -> Tokenizer:
+    """ "bpe" (trained on ``texts`` once, then cached by content), "bytes", or the path of a tokenizer.json."""
+    if kind == "bytes":
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        return Tokenizer(_byte_level({char: i for i, char in enumerate(alphabet)}), "bytes")
+    if kind == "bpe":
+        return _trained(vocab_size, texts)
+    return load_tokenizer(Path(kind))
+
+
+def _byte_level(vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([END])
+    return inner
+
+
+def _trained(vocab_size: int, texts: list[str]) -> Tokenizer:
+    content = hashlib.sha256(json.dumps([tokenizers.__version__, vocab_size, texts]).encode()).hexdigest()
+    cached = cache_dir() / "tokenizers" / f"bpe-{content[:32]}.json"
+    if cached.exists():
+        try:
+            return load_tokenizer(cached)
+        except BadInput:  # a damaged cache entry is made again
+            cached.unlink()
+    inner = _byte_level({})
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(inner, "bpe")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        scratch = cached.with_suffix(f".{os.getpid()}")
+        tokenizer.save(scratch)
+        scratch.replace(cached)
+    except OSError:
+        pass  # a cache that can't be written costs only time
+    return tokenizer
+
+
+def cache_dir() -> Path:
+    """$XDG_CACHE_HOME/gshardx, by default ~/.cache/gshardx."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gshardx"

@@ -1,0 +1,54 @@
+"""A trained run, ready to decode: config, tokenizer and parameters, without optimizer state."""
+
+import dataclasses
+import hashlib
+import sys
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from gshardx.checkpoint.manifest import read_manifest
+from gshardx.checkpoint.store import load, newest_good_step
+from gshardx.cli import read_config
+from gshardx.config import Config, check_model_on_mesh
+from gshardx.data.tokenizer import Tokenizer, load_tokenizer
+from gshardx.errors import BadInput
+from gshardx.models.build import Blueprint, Params, blueprint
+from gshardx.sharding import MeshConfig, build_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """params lie on ``mesh``; step is the checkpoint's."""
+
+    config: Config
+    tokenizer: Tokenizer
+    blueprint: Blueprint
+    params: Params
+    mesh: Mesh
+    step: int
+
+
+def load_run(path: Path, mesh_config: MeshConfig) -> LoadedRun:
+    """Load the newest good checkpoint of ``path`` onto a mesh of any shape; only parameters are read.
+
+    Raises:
+        BadInput: not a run, no good checkpoint, or a damaged tokenizer.
+    """
+    if not (path / "config.yaml").is_file():
+        raise BadInput(f"--run {path}: no config.yaml there; give a directory that gshardx.train has written")
+    config = read_config(path / "config.yaml")
+    check_model_on_mesh(config.model, mesh_config)
+    step = newest_good_step(path / "checkpoints", "params", report=lambda line: print(line, file=sys.stderr))
+    if step is None:
+        raise BadInput(f"--run {path}: no good checkpoint in {path / 'checkpoints'}; train it first")
+    tokenizer = load_tokenizer(path / "tokenizer.json")
+    manifest = read_manifest(path / "checkpoints" / str(step))
+    assert manifest is not None
+    if hashlib.sha256(tokenizer.text.encode()).hexdigest() != manifest.extra["tokenizer"]:
+        raise BadInput(f"{path / 'tokenizer.json'}: not the tokenizer that step {step} was trained with; restore it")
+    mesh = build_mesh(mesh_config)
+    plan = blueprint(config.model, tokenizer.vocab_size, mesh)
+    params = load(path / "checkpoints", step, {"params": plan.params})["params"]
+    return LoadedRun(config, tokenizer, plan, jax.block_until_ready(params), mesh, step)

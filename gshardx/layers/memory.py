@@ -1,0 +1,73 @@
+"""What attention attends to: the packed sequence itself in training, a KV cache in inference.
+
+A memory has one verb, ``extend``: given a layer's new keys and values, it returns all that the queries may look at, and
+the memory that now holds the new ones. Attention is written once and never asks which it has.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gshardx.sharding import shard
+
+Keys = Float[Array, "b l q d"]
+
+
+class Memory(Protocol):
+    """``extend`` takes a layer's index and its new keys and values ``[b, t, q, d]``."""
+
+    def extend(
+        self, layer: int | Int[Array, ""], k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
+    ) -> "tuple[Keys, Keys, Bool[Array, 'b 1 t l'], Memory]":
+        """Return keys and values ``[b, l, q, d]``, which of them each query may see, and the next memory."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Documents packed side by side: a token sees the earlier tokens of its own document."""
+
+    mask: Bool[Array, "b 1 t t"]
+
+    @classmethod
+    def of(cls, segment_ids: Int[Array, "b t"]) -> "Packed":
+        """From segment ids: one number a document, 0 for padding (which sees itself alone)."""
+        t = segment_ids.shape[1]
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        causal = jnp.tril(jnp.ones((t, t), bool))
+        return cls((same & causal)[:, None])
+
+    def extend(
+        self, layer: int | Int[Array, ""], k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
+    ) -> tuple[Keys, Keys, Bool[Array, "b 1 t l"], "Packed"]:
+        return k, v, self.mask, self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer, and where in each row the tokens of this call stand.
+
+    k, v: ``[layer, b, l, q, d]``, l the longest sequence that fits. positions ``[b, t]`` int32; a position of l or more
+    (padding) is not stored.
+    """
+
+    k: Float[Array, "layer b l q d"]
+    v: Float[Array, "layer b l q d"]
+    positions: Int[Array, "b t"]
+
+    AXES = "layer batch time kv_heads head_dim"
+
+    def extend(
+        self, layer: int | Int[Array, ""], k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
+    ) -> tuple[Keys, Keys, Bool[Array, "b 1 t l"], "KVCache"]:
+        rows = jnp.arange(k.shape[0])[:, None]
+        place = (layer, rows, self.positions)
+        all_k = shard(self.k.at[place].set(k.astype(self.k.dtype), mode="drop"), self.AXES)
+        all_v = shard(self.v.at[place].set(v.astype(self.v.dtype), mode="drop"), self.AXES)
+        seen = jnp.arange(self.k.shape[2])[None, None, :] <= self.positions[:, :, None]
+        return all_k[layer], all_v[layer], seen[:, None], dataclasses.replace(self, k=all_k, v=all_v)

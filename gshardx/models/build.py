@@ -1,0 +1,75 @@
+"""From a config to parameters on a mesh: shapes first, values straight into their shards."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from gshardx.config import ModelConfig
+from gshardx.models.decoder import Decoder
+from gshardx.sharding import abstract_array
+
+Params = dict[str, Any]
+"""Nested dicts of arrays: the module tree without its modules."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """A model's structure without its values.
+
+    Attributes:
+        graph: joins with params to a module: ``nnx.merge(graph, params)``.
+        params: shapes, dtypes and shardings.
+        axes: logical axis names, one tuple a parameter.
+    """
+
+    graph: nnx.GraphDef[Decoder]
+    params: Params
+    axes: Params
+    config: ModelConfig
+    vocab: int
+
+    def init(self, key: Array) -> Params:
+        """Draw initial values, each device its own shards; the same values on every mesh."""
+        shardings = jax.tree.map(lambda p: p.sharding, self.params)
+
+        def build(key: Array) -> Params:
+            return nnx.to_pure_dict(nnx.state(Decoder(self.config, self.vocab, rngs=nnx.Rngs(key)), nnx.Param))
+
+        return jax.jit(build, out_shardings=shardings)(key)
+
+    def bind(self, params: Params) -> Decoder:
+        """The module with ``params`` in place; usable inside jit."""
+        return nnx.merge(self.graph, params)
+
+
+def blueprint(config: ModelConfig, vocab: int, mesh: Mesh) -> Blueprint:
+    """Work out every parameter's shape and place on ``mesh`` without allocating any.
+
+    Raises:
+        BadInput: a parameter does not divide over the mesh.
+    """
+    module = nnx.eval_shape(lambda: Decoder(config, vocab, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(module, nnx.Param)
+    flat = nnx.to_flat_state(state)
+    placed, axes = [], []
+    for path, variable in flat:
+        names = variable.get_metadata()["axes"]
+        name = ".".join(map(str, path))
+        value = variable.get_value()
+        placed.append((path, abstract_array(value.shape, value.dtype, names, mesh, tensor=name)))
+        axes.append((path, names))
+    return Blueprint(graph, _unflatten(placed), _unflatten(axes), config, vocab)
+
+
+def _unflatten(flat: list[tuple[tuple[Any, ...], Any]]) -> Params:
+    tree: Params = {}
+    for path, value in flat:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree

@@ -1,0 +1,22 @@
+"""Where tensors live. Knows nothing of models."""
+
+from gshardx.sharding.annotate import replicate, reshard, shard, split
+from gshardx.sharding.axes import RULES, Rules, abstract_array, partition_spec
+from gshardx.sharding.compile import CompiledStep
+from gshardx.sharding.mesh import MeshConfig, build_mesh, one_program_at_a_time, simulate_devices
+
+__all__ = [
+    "RULES",
+    "CompiledStep",
+    "MeshConfig",
+    "Rules",
+    "abstract_array",
+    "build_mesh",
+    "one_program_at_a_time",
+    "partition_spec",
+    "replicate",
+    "reshard",
+    "shard",
+    "simulate_devices",
+    "split",
+]

@@ -1,0 +1,34 @@
+"""Bits per byte of held-out text, for the model and for xz."""
+
+import lzma
+import math
+
+from gshardx.data.pipeline import evaluation_rows
+from gshardx.models.build import Params
+from gshardx.train.job import Job
+from gshardx.train.text import Text
+
+XZ_AT_MOST = 8_000_000
+"""Bytes of text up to which the xz comparison takes seconds."""
+
+
+def bits_per_byte(job: Job, params: Params, text: Text) -> float:
+    """Bits that the model spends on every token of the held-out documents, end tokens included, per byte of them."""
+    nats = 0.0
+    for rows in evaluation_rows(text.held_out, job.config.data.sequence_length, job.config.train.batch_size):
+        total, _ = job.eval_step(params, job.to_device(rows))
+        nats += float(total)
+    return nats / math.log(2) / text.held_out_bytes
+
+
+def xz_bits_per_byte(text: Text) -> float | None:
+    """What ``xz -9e`` makes of the held-out text after it has seen the training text; None if they are too long."""
+    before = "".join(text.training_documents).encode()
+    after = "".join(text.held_out_documents).encode()
+    if len(before) + len(after) > XZ_AT_MOST:
+        return None
+
+    def compressed(data: bytes) -> int:
+        return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+
+    return 8 * (compressed(before + after) - compressed(before)) / len(after)

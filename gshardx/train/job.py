@@ -1,0 +1,62 @@
+"""What stays the same from step to step: the model's shape, the optimizer, and the compiled steps."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from gshardx.config import Config
+from gshardx.models.build import Blueprint, Params, blueprint
+from gshardx.sharding import CompiledStep, build_mesh
+from gshardx.train.optimizer import build_optimizer
+from gshardx.train.state import TrainState, abstract_state
+from gshardx.train.step import Batch, StepMetrics, abstract_batch, compile_eval_step, compile_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One config on one mesh; each step is compiled when first used."""
+
+    config: Config
+    mesh: Mesh
+    blueprint: Blueprint
+    optimizer: optax.GradientTransformation
+
+    @classmethod
+    def of(cls, config: Config, vocab: int) -> "Job":
+        mesh = build_mesh(config.mesh)
+        plan = blueprint(config.model, vocab, mesh)
+        return cls(config, mesh, plan, build_optimizer(config.optimizer, config.train.steps, plan.axes))
+
+    @cached_property
+    def state(self) -> TrainState:
+        """Abstract."""
+        return abstract_state(self.blueprint, self.optimizer, self.mesh)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Abstract."""
+        return abstract_batch(self.config.train.batch_size, self.config.data.sequence_length, self.mesh)
+
+    @cached_property
+    def train_step(self) -> CompiledStep[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+        return compile_train_step(self.blueprint, self.optimizer, self.state, self.batch, self.mesh)
+
+    @cached_property
+    def eval_step(self) -> CompiledStep[[Params, Batch], tuple[Array, Array]]:
+        return compile_eval_step(self.blueprint, self.batch, self.mesh)
+
+    def to_device(self, rows: Mapping[str, np.ndarray]) -> Batch:
+        """This process's share of a batch, laid over the mesh."""
+        names = ("tokens", "tokens_segment_ids", "tokens_positions")
+        return Batch(
+            *[
+                jax.make_array_from_process_local_data(abstract.sharding, rows[name], abstract.shape)
+                for name, abstract in zip(names, self.batch, strict=True)
+            ]
+        )

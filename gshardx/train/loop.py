@@ -1,0 +1,185 @@
+"""The story of a run: hold the directory, read the text, start or resume, step and save, evaluate and tell."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NamedTuple
+
+import grain
+import jax
+
+from gshardx.checkpoint.store import CheckpointStore
+from gshardx.config import Config
+from gshardx.data.pipeline import Rows, training_rows
+from gshardx.sharding import one_program_at_a_time
+from gshardx.train.evaluate import bits_per_byte
+from gshardx.train.flops import forward_flops_per_token, peak_flops
+from gshardx.train.job import Job
+from gshardx.train.metrics import Progress, Trackers, step_scalars
+from gshardx.train.optimizer import schedule
+from gshardx.train.report import report
+from gshardx.train.resume import items_of, resume_or_start
+from gshardx.train.run_dir import RunDir
+from gshardx.train.state import TrainState
+from gshardx.train.step import StepMetrics
+from gshardx.train.text import Text, read_text
+
+
+def train(config: Config, run: RunDir, command: str) -> int:
+    """Train until ``config.train.steps``, from the newest good checkpoint if there is one.
+
+    Args:
+        config: the run.
+        run: its directory.
+        command: what the user typed, to be shown as the command that resumes.
+
+    Returns:
+        0, or 128 + the signal's number if SIGTERM or SIGINT ended the run early; its state was saved.
+
+    Raises:
+        BadInput: see the parts.
+    """
+    with run.lock():
+        if run.config.exists() and run.has_checkpoints:
+            for change in run.check_config(config):
+                say(f"changed since the last start: {change}")
+        text = read_text(config.data)
+        facts = {"tokenizer": run.keep_tokenizer(text.tokenizer), "data": text.digest}
+        job = Job.of(config, text.tokenizer.vocab_size)
+        rows = training_rows(
+            text.training,
+            config.data.sequence_length,
+            config.train.batch_size // jax.process_count(),
+            config.seed,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        state, first = resume_or_start(job, run, rows, facts, say)
+        run.write_config(config)
+        store = CheckpointStore(run.checkpoints, config.checkpoint.every, config.checkpoint.keep, facts)
+        try:
+            with caught_signals() as caught:
+                state, last = run_steps(job, run, text, rows, store, state, first, caught)
+        finally:
+            store.close()
+        if last < config.train.steps:
+            number = caught[0]
+            say(f"saved step {last} after {signal.Signals(number).name}; to continue: {command}")
+            return 128 + number
+        report(job, run, text, state.params, command, say)
+        return 0
+
+
+def say(line: str) -> None:
+    """Print on process 0."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def run_steps(
+    job: Job,
+    run: RunDir,
+    text: Text,
+    rows: grain.DatasetIterator[Rows],
+    store: CheckpointStore,
+    state: TrainState,
+    first: int,
+    caught: list[int],
+) -> tuple[TrainState, int]:
+    """Steps ``first + 1`` to ``train.steps``, or until a signal; return the saved state and its step."""
+    config, last = job.config, first
+    if first >= config.train.steps:
+        say(f"{run.path} has reached step {first} of {config.train.steps}; raise --train.steps to go on")
+        return state, first
+    say(f"compiling for mesh {config.mesh}")
+    step_program = job.train_step
+    wait = one_program_at_a_time(job.mesh)
+    trackers = Trackers(run, first_step=first + 1)
+    with Progress(config.train.steps, first) as progress:
+        meter = Meter(job, trackers, progress)
+        for last in range(first + 1, config.train.steps + 1):
+            state, metrics = step_program(state, job.to_device(next(rows)))
+            meter.put(last, metrics)
+            if wait:
+                jax.block_until_ready(state)
+                meter.flush()
+            stop = bool(caught) or last == config.train.steps
+            store.check()
+            store.save(last, items_of(state, rows), force=stop)
+            every = config.train.eval_every
+            if every and last % every == 0 and not stop:
+                meter.flush()
+                bits = bits_per_byte(job, state.params, text)
+                trackers.write(last, {"evaluation/bits_per_byte": bits})
+                progress.say(f"step {last}: {bits:.3f} bits per byte on held-out text")
+                meter.restart()
+            if stop:
+                break
+        meter.flush()
+    trackers.close()
+    store.wait()
+    return state, last
+
+
+class _Pending(NamedTuple):
+    step: int
+    metrics: StepMetrics
+
+
+class Meter:
+    """Fetches each step's metrics when the next step is under way, so that logging never keeps the device waiting."""
+
+    def __init__(self, job: Job, trackers: Trackers, progress: Progress) -> None:
+        config = job.config
+        self._trackers, self._progress, self._config = trackers, progress, config
+        self._learning_rate = schedule(config.optimizer, config.train.steps)
+        self._flops = forward_flops_per_token(config.model, job.blueprint.vocab, config.data.sequence_length)
+        self._peak, source = peak_flops(job.mesh.size)
+        say(f"MFU is against {self._peak / 1e12:.3g} TFLOP/s ({source})")
+        self._pending: _Pending | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Time from now: what came before belongs to no step."""
+        self._since = time.perf_counter()
+
+    def put(self, step: int, metrics: StepMetrics) -> None:
+        self.flush()
+        self._pending = _Pending(step, metrics)
+
+    def flush(self) -> None:
+        """Write the step that waits; its time runs from the end of the step before it."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        fetched = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        rate = float(self._learning_rate(step - 1))
+        scalars = step_scalars(fetched, rate, seconds, self._flops, self._peak)
+        if step % self._config.train.log_every == 0 or step == self._config.train.steps:
+            self._trackers.write(step, scalars)
+        self._progress.show(step, scalars)
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT (Ctrl-C) append their number to the list; a second one acts as it always did."""
+    caught: list[int] = []
+    before: dict[signal.Signals, Callable[..., object] | int | None] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+        signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

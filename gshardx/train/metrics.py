@@ -1,0 +1,159 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import rich.progress
+from tensorboardX import SummaryWriter
+
+from gshardx.train.run_dir import RunDir
+from gshardx.train.step import StepMetrics
+
+Scalars = dict[str, float]
+
+PLAIN_LINE_SECONDS = 10.0
+"""Without a terminal, at most one line of progress in this time."""
+
+
+def step_scalars(
+    metrics: StepMetrics, learning_rate: float, seconds: float, flops: tuple[float, float], peak: float
+) -> Scalars:
+    """Names and values of one step's line.
+
+    Args:
+        metrics: fetched to the host.
+        learning_rate: of this step.
+        seconds: that the step took.
+        flops: forward FLOPs of a token outside and inside the experts.
+        peak: FLOP/s of the devices. Dropped choices count no FLOPs.
+    """
+    drop = np.asarray(metrics.moe.stats.drop_fraction)
+    load = np.asarray(metrics.moe.stats.load_max_over_mean)
+    tokens = int(metrics.tokens)
+    useful = 3 * tokens * (flops[0] + flops[1] * (1 - float(drop.mean())))
+    scalars = {
+        "learning/loss": float(metrics.loss),
+        "learning/aux_loss": float(np.mean(metrics.moe.aux_loss)),
+        "learning/grad_norm": float(metrics.grad_norm),
+        "learning/current_learning_rate": learning_rate,
+        "perf/step_seconds": seconds,
+        "perf/tokens_per_second": tokens / seconds,
+        "perf/useful_tflops_per_second": useful / seconds / 1e12,
+        "perf/mfu": useful / seconds / peak,
+        "moe/drop_fraction": float(drop.mean()),
+        "moe/load_max_over_mean": float(load.mean()),
+    }
+    for layer in range(len(drop)):
+        scalars[f"moe/layer_{layer}/drop_fraction"] = float(drop[layer])
+        scalars[f"moe/layer_{layer}/load_max_over_mean"] = float(load[layer])
+    return scalars
+
+
+class Trackers:
+    """Writes scalars to metrics.jsonl and TensorBoard. Their failure is said once and never ends a run."""
+
+    def __init__(self, run: RunDir, first_step: int) -> None:
+        """Lines of steps from ``first_step`` on (left by a run that went further than its checkpoint) are dropped."""
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        _drop_lines_from(run.metrics, first_step)
+        self._lines = run.metrics.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step, write_to_disk=True)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if not self._active:
+            return
+        try:
+            line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}}
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            self._active = False
+            print(f"metrics: can't be written any more ({error.strerror}); the run goes on", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._active:
+            self._lines.close()
+            self._board.close()
+
+
+class Progress:
+    """A bar on a terminal, a line now and then elsewhere; process 0 only."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        self._steps = steps
+        self._last_line = -math.inf
+        self._bar: rich.progress.Progress | None = None
+        if jax.process_index() == 0 and sys.stdout.isatty():
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                rich.progress.BarColumn(),
+                rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn("{task.fields[text]}"),
+            )
+            self._task = self._bar.add_task("train", total=steps, completed=done, text="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, step: int, scalars: Mapping[str, float]) -> None:
+        text = (
+            f"loss {scalars['learning/loss']:.3f}  {scalars['perf/tokens_per_second']:,.0f} tokens/s  "
+            f"MFU {scalars['perf/mfu']:.0%}  dropped {scalars['moe/drop_fraction']:.1%}  "
+            f"load max/mean {scalars['moe/load_max_over_mean']:.2f}"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        elif jax.process_index() == 0 and (
+            time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps
+        ):
+            self._last_line = time.monotonic()
+            print(f"step {step}/{self._steps}  {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif jax.process_index() == 0:
+            print(text, flush=True)
+
+
+def _drop_lines_from(path: Path, first_step: int) -> None:
+    """Keep the whole lines of earlier steps; a line cut off by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = _parsed(line)
+        if record is not None and record["step"] < first_step:
+            kept.append(line + "\n")
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(kept), encoding="utf-8")
+    scratch.replace(path)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

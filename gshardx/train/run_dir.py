@@ -1,0 +1,120 @@
+"""RUN_DIR: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/STEP; one trainer at a time."""
+
+import dataclasses
+import fcntl
+import hashlib
+from pathlib import Path
+from typing import IO
+
+from gshardx.cli import config_yaml, flatten, read_config
+from gshardx.config import Config
+from gshardx.data.tokenizer import Tokenizer
+from gshardx.errors import BadInput
+
+FREE_TO_CHANGE = (
+    "run_dir",
+    "mesh.",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.sample_tokens",
+    "checkpoint.",
+)
+"""Keys that a resumed run may change: they alter what is done or where, not what each step computes.
+
+train.steps also stretches the learning-rate schedule, which is said when it happens.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def has_checkpoints(self) -> bool:
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    def lock(self) -> IO[str]:
+        """Create the directory and hold it for this process as long as the returned file is open.
+
+        Raises:
+            BadInput: it can't be written, or another process trains in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            held = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise BadInput(
+                f"run_dir {self.path}: can't be written ({error.strerror}); choose another --run_dir"
+            ) from error
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadInput(f"run_dir {self.path}: another process trains in it; wait for it or use another") from error
+        return held
+
+    def write_config(self, config: Config) -> None:
+        scratch = self.config.with_suffix(".tmp")
+        scratch.write_text(config_yaml(config))
+        scratch.replace(self.config)
+
+    def check_config(self, config: Config) -> list[str]:
+        """Lines on harmless changes since the run's last start.
+
+        Raises:
+            BadInput: a value that decides what a step computes has changed.
+        """
+        before = dict(flatten(dataclasses.asdict(read_config(self.config))))
+        now = dict(flatten(dataclasses.asdict(config)))
+        changed = [key for key in now if now[key] != before.get(key)]
+        bad = [key for key in changed if not key.startswith(FREE_TO_CHANGE)]
+        if bad:
+            said = "; ".join(f"{key} = {before[key]}, now {now[key]}" for key in bad[:3])
+            raise BadInput(f"run_dir {self.path} was trained with {said}; use the old value or another --run_dir")
+        notes = [f"{key}: {before[key]} -> {now[key]}" for key in changed if key != "run_dir"]
+        if "train.steps" in changed:
+            notes.append("the learning-rate schedule now ends at the new train.steps")
+        return notes
+
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> str:
+        """Write tokenizer.json, or check that the run's own is the same; return its SHA-256.
+
+        Raises:
+            BadInput: the run was trained with another tokenizer, or the file is damaged.
+        """
+        wanted = tokenizer.text
+        try:
+            found = self.tokenizer.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            self.tokenizer.write_text(wanted, encoding="utf-8")
+            found = wanted
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{self.tokenizer}: damaged (not UTF-8); delete it and run the same command") from error
+        if found != wanted:
+            raise BadInput(
+                f"{self.tokenizer}: differs from the tokenizer that the config and text give; if it is damaged, delete "
+                f"it, and if the text changed, use another --run_dir"
+            )
+        return hashlib.sha256(wanted.encode()).hexdigest()
