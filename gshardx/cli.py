@@ -23,7 +23,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """Call ``main`` with the command line and exit: 0 done, 2 bad input (one line), 1 a bug (traceback)."""
     # Libraries' own notices on stderr (XLA's CPU feature lists, Orbax's OCDBT merge) bury the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

@@ -4,6 +4,7 @@ RUN_DIR/checkpoints/STEP holds the items ``params``, ``optimizer``, ``rng`` and 
 manifest of checksums. Each array is a folder of its own (no OCDBT), so that a damaged file names its array.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gshardx.checkpoint.manifest import Manifest, Shapes, damage, read_manifest, write_manifest
+from gshardx.checkpoint.manifest import NAME, Manifest, Shapes, damage, read_manifest, write_manifest
 from gshardx.errors import BadInput
 
 Items = dict[str, Any]
@@ -88,7 +89,8 @@ class CheckpointStore:
             self.wait()
         finally:
             self._background.shutdown()
-            self._orbax.close()
+            with contextlib.suppress(Exception):  # raises a failed save again; wait() has raised it already
+                self._orbax.close()
 
     def _finish(self, step: int, response: Any, shapes: Shapes) -> None:
         try:
@@ -120,7 +122,12 @@ def newest_good_step(folder: Path, item: str = "", report: Callable[[str], None]
     for step in reversed(_step_folders(folder)):
         manifest = read_manifest(folder / str(step))
         if manifest is None:
-            report(f"checkpoint {folder / str(step)}: unfinished, or its manifest is damaged; trying an older one")
+            state = (
+                "manifest.json is damaged"
+                if (folder / str(step) / NAME).exists()
+                else "never finished (no manifest.json)"
+            )
+            report(f"checkpoint {folder / str(step)}: {state}; trying an older one")
             continue
         bad = damage(folder / str(step), manifest, f"{item}/" if item else "")
         if bad is None:
@@ -207,5 +214,5 @@ def _remove_unfinished(folder: Path) -> None:
     """Delete what a killed save left: a folder that never got a manifest."""
     if folder.is_dir() and jax.process_index() == 0:
         for path in folder.iterdir():
-            if path.is_dir() and not any(path.glob("manifest.json")):
+            if path.is_dir() and not any(path.glob(NAME)):
                 shutil.rmtree(path)

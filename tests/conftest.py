@@ -1,0 +1,13 @@
+"""Eight simulated devices for every test, set here and nowhere else, before JAX starts."""
+
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from gshardx.sharding import simulate_devices
+
+simulate_devices(8)

@@ -1,0 +1,139 @@
+"""The decoder: depth costs no HLO, layouts change no number, expert parallelism is all-to-all."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from gshardx.config import ModelConfig, MoEConfig
+from gshardx.models.build import blueprint
+from gshardx.sharding import MeshConfig, build_mesh
+from gshardx.train.optimizer import build_optimizer
+from gshardx.train.state import abstract_state, init_state
+from gshardx.train.step import Batch, abstract_batch, compile_eval_step, compile_train_step
+from gshardx.config import OptimizerConfig
+
+VOCAB, ROWS, LENGTH = 32, 8, 16
+
+
+def model(layers=4, **moe):
+    return ModelConfig(
+        layers=layers,
+        width=16,
+        heads=4,
+        kv_heads=2,
+        head_dim=4,
+        hidden=24,
+        moe=MoEConfig(**{"num_experts": 8, "hidden": 8, **moe}),
+    )
+
+
+def compiled(config, mesh_config):
+    mesh = build_mesh(mesh_config)
+    plan = blueprint(config, VOCAB, mesh)
+    optimizer = build_optimizer(OptimizerConfig(warmup_steps=1), 10, plan.axes)
+    batch = abstract_batch(ROWS, LENGTH, mesh)
+    step = compile_train_step(plan, optimizer, abstract_state(plan, optimizer, mesh), batch, mesh)
+    return mesh, plan, optimizer, batch, step
+
+
+def packed_batch(abstract):
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, VOCAB, (ROWS, LENGTH + 1), dtype=np.int32)
+    segments = np.repeat([[1] * 9 + [2] * 5 + [0] * 3], ROWS, axis=0).astype(np.int32)
+    segments[0] = 1
+    positions = np.concatenate([np.arange(9), np.arange(5), np.zeros(3)]).astype(np.int32)
+    positions = np.repeat(positions[None], ROWS, axis=0)
+    positions[0] = np.arange(LENGTH + 1)
+    arrays = (tokens, segments, positions)
+    return Batch(*[jax.device_put(x, a.sharding) for x, a in zip(arrays, abstract, strict=True)])
+
+
+def train(config, mesh_config, steps=2):
+    mesh, plan, optimizer, abstract, step = compiled(config, mesh_config)
+    state = init_state(plan, optimizer, 0, mesh)
+    losses = []
+    for _ in range(steps):
+        state, metrics = jax.block_until_ready(step(state, packed_batch(abstract)))
+        losses.append((float(metrics.loss), float(metrics.moe.aux_loss.mean()), float(metrics.grad_norm)))
+    return losses, jax.device_get(state.params)
+
+
+def test_hlo_size_does_not_grow_with_depth():
+    sizes = [compiled(model(layers), MeshConfig(expert=8))[-1].hlo_instructions for layers in (4, 16)]
+    assert sizes[0] == sizes[1] > 100
+
+
+def test_a_layer_sends_two_all_to_alls_each_way_and_gathers_nothing():
+    hlo = compiled(model(), MeshConfig(expert=8))[-1].hlo
+    assert len(re.findall(r" all-to-all(?:-start)?\(", hlo)) == 4  # 2 in the forward scan's body, 2 in the backward's
+    assert not re.search(r" all-gather(?:-start)?\(", hlo)
+
+
+@pytest.mark.parametrize(
+    "mesh_config",
+    [
+        MeshConfig(expert=8),
+        MeshConfig(data=2, expert=4),
+        MeshConfig(data=2, fsdp=2, expert=2),
+        MeshConfig(expert=4, tensor=2),
+        MeshConfig(fsdp=4, tensor=2),
+    ],
+    ids=str,
+)
+def test_every_mesh_trains_like_one_device(mesh_config):
+    config = model(second_expert="random")
+    expected_losses, expected = train(config, MeshConfig())
+    losses, params = train(config, mesh_config)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    # Adam's first update is lr * sign(g): where g is rounding noise the sign is too, so a few entries may differ by lr.
+    far = [
+        np.mean(np.abs(a - b) > 1e-5) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True)
+    ]
+    assert max(far) < 0.01
+
+
+def test_padding_and_packing_change_no_loss():
+    """Two documents in one row cost what they cost in rows of their own."""
+    mesh = build_mesh(MeshConfig())
+    plan = blueprint(model(), VOCAB, mesh)
+    step = compile_eval_step(plan, abstract_batch(ROWS, LENGTH, mesh), mesh)
+    params = plan.init(jax.random.key(0))
+    draw = np.random.default_rng(1)
+    one, two = draw.integers(0, VOCAB, 9), draw.integers(0, VOCAB, 6)
+
+    def cost(rows):
+        arrays = np.zeros((3, ROWS, LENGTH + 1), np.int32)
+        for row, documents in enumerate(rows):
+            start = 0
+            for number, document in enumerate(documents, 1):
+                at = slice(start, start + len(document))
+                arrays[:, row, at] = document, np.full(len(document), number), np.arange(len(document))
+                start += len(document)
+        total, count = step(params, Batch(*map(jax.numpy.asarray, arrays)))
+        return float(total), int(count)
+
+    packed, apart = cost([[one, two]]), cost([[one], [two]])
+    assert packed[1] == apart[1] == 8 + 5
+    assert packed[0] == pytest.approx(apart[0], rel=1e-6)
+    assert cost([[two, one]])[0] == pytest.approx(packed[0], rel=1e-6)
+
+
+def test_layers_repeat_dense_and_moe_blocks():
+    plan = blueprint(model(every=2), VOCAB, build_mesh(MeshConfig()))
+    units = plan.params["stack"]["units"]
+    assert units["sparse"]["feed_forward"]["experts"]["w_up"].shape == (2, 8, 16, 8)
+    assert units["dense"][0]["feed_forward"]["w_up"].shape == (2, 16, 24)
+    every_layer = blueprint(model(every=1), VOCAB, build_mesh(MeshConfig())).params["stack"]["units"]
+    assert "dense" not in every_layer
+    assert every_layer["sparse"]["feed_forward"]["experts"]["w_up"].shape == (4, 8, 16, 8)
+
+
+def test_bfloat16_computes_near_float32():
+    import dataclasses
+
+    losses, _ = train(model(), MeshConfig(), steps=1)
+    low, _ = train(dataclasses.replace(model(), dtype="bfloat16"), MeshConfig(), steps=1)
+    assert low[0][0] == pytest.approx(losses[0][0], rel=0.02)
+    assert low[0][0] != losses[0][0]
