@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import logging
 import os
 import re
@@ -33,6 +34,11 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     except BrokenPipeError:  # the reader of a pipe has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: the disk is full ({error.filename or 'while writing'}); free some space", file=sys.stderr)
+        code = 2
     sys.exit(code)
 
 

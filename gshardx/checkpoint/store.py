@@ -61,10 +61,13 @@ class CheckpointStore:
             return False
         self.wait()
         self._saved = step
+        needed, free = _bytes_to_write(items), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise self._failed(step, f"the disk is full: {needed:,} bytes to write, {free:,} free")
         try:
             response = self._orbax.save_checkpointables_async(step, items, force=force)
         except Exception as error:
-            raise self._failed(step, error) from error
+            raise self._failed(step, _reason(error)) from error
         self._pending = self._background.submit(self._finish, step, response, array_shapes(items))
         return True
 
@@ -98,11 +101,9 @@ class CheckpointStore:
             if jax.process_index() == 0:
                 write_manifest(self.folder / str(step), shapes, self.extra)
         except Exception as error:
-            raise self._failed(step, error) from error
+            raise self._failed(step, _reason(error)) from error
 
-    def _failed(self, step: int, error: Exception) -> BadInput:
-        full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        reason = "the disk is full" if full else (str(error).splitlines() or [type(error).__name__])[0][:200]
+    def _failed(self, step: int, reason: str) -> BadInput:
         older = [good for good in finished_steps(self.folder) if good < step]
         rest = f"it continues from step {older[-1]}" if older else "it starts again"
         return BadInput(
@@ -202,6 +203,28 @@ def _context() -> ocp.Context:
     context.array.saving.use_ocdbt = False
     context.array.saving.min_slice_bytes_for_replica_parallel = _SPLIT_REPLICAS_FROM
     return context
+
+
+def _reason(error: Exception) -> str:
+    """One line; TensorStore's own is a page."""
+    if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+        return "the disk is full"
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _bytes_to_write(items: Items) -> int:
+    """Bytes of this process's share of the arrays, before compression.
+
+    Looked at before a save starts, because a write that fails halfway fills stderr with TensorStore's and asyncio's
+    tracebacks.
+    """
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(items)
+        if isinstance(leaf, jax.Array)
+        for shard in leaf.addressable_shards
+        if shard.replica_id == 0
+    )
 
 
 def _step_folders(folder: Path) -> list[int]:

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 import rich.progress
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from gshardx.train.run_dir import RunDir
 from gshardx.train.step import StepMetrics
@@ -65,9 +67,12 @@ class Trackers:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        _drop_lines_from(run.metrics, first_step)
-        self._lines = run.metrics.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step, write_to_disk=True)
+        try:
+            _drop_lines_from(run.metrics, first_step)
+            self._lines = run.metrics.open("a", encoding="utf-8")
+            self._board = _Board(run.tensorboard, first_step)
+        except OSError as error:
+            self._give_up(error)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         if not self._active:
@@ -76,16 +81,43 @@ class Trackers:
             line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}}
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, scalars)
         except OSError as error:
-            self._active = False
-            print(f"metrics: can't be written any more ({error.strerror}); the run goes on", file=sys.stderr)
+            self._give_up(error)
 
     def close(self) -> None:
         if self._active:
-            self._lines.close()
-            self._board.close()
+            try:
+                self._lines.close()
+                self._board.close()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._active = False
+        print(f"metrics: can't be written any more ({error.strerror}); the run goes on", flush=True)
+
+
+class _Board:
+    """A TensorBoard event file, written in the caller's thread.
+
+    tensorboardX's SummaryWriter writes in a thread that a full disk ends, after which its queue fills and blocks for
+    ever; here the failure is the caller's to see.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        # Tells TensorBoard to forget what an earlier start wrote for this step and later ones.
+        self._events.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 class Progress:

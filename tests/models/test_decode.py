@@ -51,9 +51,7 @@ def stepped_logits(engine, sequences, prompt_lengths):
         for row, (sequence, n) in enumerate(zip(sequences, prompt_lengths, strict=True)):
             if n + offset < len(sequence):
                 tokens[row, 0], count[row] = sequence[n + offset], 1
-        state = generator.prefill(
-            params, state, jax.device_put(tokens, generator._by_row_token), generator._put(count)
-        )
+        state = generator.prefill(params, state, jax.device_put(tokens, generator._by_row_token), generator._put(count))
         jax.block_until_ready(state)
         for row in np.flatnonzero(count):
             rows[row].append(np.asarray(state.logits)[row])
@@ -79,7 +77,9 @@ def test_greedy_decode_takes_the_full_passs_best_token_each_time(engine):
     assert tokens == list(logits[len(prompt) - 1 : -1].argmax(-1))
 
 
-@pytest.mark.parametrize("options", [SamplingOptions(0.0), SamplingOptions(0.9, 20, 0.95, seed=5)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "options", [SamplingOptions(0.0), SamplingOptions(0.9, 20, 0.95, seed=5)], ids=["greedy", "drawn"]
+)
 def test_a_prompts_text_is_the_same_in_any_batch(engine, options):
     generator = engine[3]
 
@@ -117,7 +117,8 @@ def test_a_row_stops_after_its_end_token(engine):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"), [([], "prompt 1 is empty"), (list(range(40)), "prompt 1 has 40 tokens; with --max_new_tokens 16")]
+    ("prompt", "said"),
+    [([], "prompt 1 is empty"), (list(range(40)), "prompt 1 has 40 tokens; with --max_new_tokens 16")],
 )
 def test_prompts_that_do_not_fit_are_refused(engine, prompt, said):
     with pytest.raises(BadInput, match=said):

@@ -1,0 +1,87 @@
+"""gshardx's own train step on random tokens: its config, its job, its batches. One number of devices a process."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+from shape import SHAPE, Shape, steady_median
+
+from gshardx.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
+from gshardx.data.pipeline import Rows
+from gshardx.sharding import MeshConfig, simulate_devices
+from gshardx.train.job import Job
+from gshardx.train.state import init_state
+
+
+def config_of(shape: Shape, devices: int) -> Config:
+    """``shape`` with its experts, and its batch, split over ``devices``."""
+    moe = MoEConfig(
+        num_experts=shape.experts,
+        top_k=shape.top_k,
+        every=1,
+        capacity_factor=shape.capacity_factor,
+        hidden=shape.expert_hidden,
+    )
+    model = ModelConfig(
+        layers=shape.layers,
+        width=shape.width,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        moe=moe,
+    )
+    return Config(
+        model=model,
+        mesh=MeshConfig(expert=devices),
+        data=DataConfig(vocab_size=shape.vocab, sequence_length=shape.sequence),
+        train=TrainConfig(batch_size=shape.batch),
+    )
+
+
+def random_rows(shape: Shape, seed: int = 0) -> Iterator[Rows]:
+    """Endless batches, each row one document of uniformly random tokens."""
+    draw = np.random.default_rng(seed)
+    size = (shape.batch, shape.sequence + 1)
+    segments = np.ones(size, np.int32)
+    positions = np.broadcast_to(np.arange(size[1], dtype=np.int32), size)
+    while True:
+        tokens = draw.integers(shape.vocab, size=size, dtype=np.int32)
+        yield {"tokens": tokens, "tokens_segment_ids": segments, "tokens_positions": positions}
+
+
+def measure(devices: int, steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
+    """Train ``steps`` steps on ``devices`` simulated devices; call it before anything else uses JAX.
+
+    Raises:
+        BadInput: ``shape`` does not divide over ``devices``.
+    """
+    config = config_of(shape, devices)
+    simulate_devices(devices)
+    job = Job.of(config, vocab=shape.vocab)
+    start = time.perf_counter()
+    train_step = job.train_step
+    compile_seconds = time.perf_counter() - start
+    state = init_state(job.blueprint, job.optimizer, config.seed, job.mesh)
+    seconds, dropped = [], []
+    for _, rows in zip(range(steps), random_rows(shape), strict=False):
+        start = time.perf_counter()
+        state, metrics = train_step(state, job.to_device(rows))
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - start)
+        dropped.append(float(metrics.moe.stats.drop_fraction.mean()))
+    median = steady_median(seconds)
+    return {
+        "framework": "gshardx",
+        "devices": devices,
+        "tokens_per_second": shape.tokens_per_step / median,
+        "median_step_seconds": median,
+        "compile_seconds": compile_seconds,
+        "drop_fraction": statistics.median(dropped),
+        "steps": steps,
+        "mesh": str(config.mesh),
+        "versions": f"gshardx {version('gshardx')}, jax {jax.__version__}",
+    }

@@ -1,0 +1,76 @@
+"""Hugging Face's Mixtral in PyTorch on the CPU, dropless: prints one JSON object. Needs torch and transformers only."""
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+import transformers
+from shape import SHAPE, Shape, steady_median
+from transformers import MixtralConfig, MixtralForCausalLM
+
+THREADS = 2
+EXPERTS = ("eager", "grouped_mm")
+"""Not batched_mm: it copies an expert's weights for every choice of every token, 13 GB a layer for this shape."""
+
+
+def build(shape: Shape, experts: str) -> MixtralForCausalLM:
+    config = MixtralConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.expert_hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.sequence,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        router_aux_loss_coef=0.01,
+        output_router_logits=True,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+    )
+    return MixtralForCausalLM(config).float().train()
+
+
+def step_seconds(shape: Shape, experts: str, steps: int) -> list[float]:
+    """Durations of forward, backward and update with the given implementation of the experts."""
+    torch.manual_seed(0)
+    model = build(shape, experts)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    seconds = []
+    for _ in range(steps):
+        tokens = torch.randint(shape.vocab, (shape.batch, shape.sequence))
+        start = time.perf_counter()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
+    """The fastest of the implementations."""
+    torch.set_num_threads(THREADS)
+    median, experts = min((steady_median(step_seconds(shape, name, steps)), name) for name in EXPERTS)
+    return {
+        "framework": "Hugging Face Mixtral",
+        "devices": 1,
+        "tokens_per_second": shape.tokens_per_step / median,
+        "median_step_seconds": median,
+        "drop_fraction": 0.0,
+        "steps": steps,
+        "note": f"{THREADS} threads, {experts} experts",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=12)
+    print(json.dumps(measure(parser.parse_args().steps)))

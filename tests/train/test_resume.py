@@ -1,0 +1,166 @@
+"""Real runs in real processes: killed, resumed, moved to other meshes, given bad input."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from gshardx.checkpoint.store import finished_steps, newest_good_step
+from tests.train.processes import finish, start, start_training, write_inputs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("runs"))
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def learning(run):
+    return [{k: v for k, v in line.items() if k.startswith(("step", "learning", "moe"))} for line in lines_of(run)]
+
+
+def content(run, step):
+    """Every file of a checkpoint's arrays and iterator, byte for byte (compression is deterministic)."""
+    folder = run / "checkpoints" / str(step)
+    skipped = ("_CHECKPOINT_METADATA", "commit_success.txt", "manifest.json", "_METADATA", "array_metadatas")
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part in str(path) for part in skipped)
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    run = place / "undisturbed"
+    out, _ = finish(start_training(place, run))
+    assert "bits per byte" in out
+    return run
+
+
+def test_every_step_writes_its_line(undisturbed):
+    lines = lines_of(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    names = "learning/loss learning/aux_loss learning/grad_norm perf/step_seconds perf/tokens_per_second".split()
+    for name in [*names, "moe/drop_fraction", "moe/load_max_over_mean", "moe/layer_0/drop_fraction"]:
+        assert all(isinstance(line[name], float) for line in lines), name
+    assert lines[-1]["learning/loss"] < lines[0]["learning/loss"] - 1
+    assert any((undisturbed / "tensorboard").iterdir())
+
+
+def test_the_kept_checkpoints_are_the_newest(undisturbed):
+    assert finished_steps(undisturbed / "checkpoints") == [52, 56, 60]
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_bit_for_bit_where_it_would_have(place, undisturbed):
+    """SIGKILL at random moments, some of them while a checkpoint is being written."""
+    run, draw, during_save, kills = place / "killed", random.Random(1), 0, 0
+    while kills < 20:
+        process = start_training(place, run)
+        if kills % 2:  # when a save is under way: a step folder that has no manifest yet
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                folders = list((run / "checkpoints").glob("[0-9]*")) if (run / "checkpoints").is_dir() else []
+                if any(not (folder / "manifest.json").exists() for folder in folders):
+                    during_save += 1
+                    break
+                time.sleep(0.002)
+        else:
+            time.sleep(draw.uniform(1.0, 8.0))
+        if process.poll() is not None:  # it finished: the rest of the kills have nothing to hit
+            finish(process)
+            last = finished_steps(run / "checkpoints")[-1]
+            assert last == 60
+            shutil.rmtree(run / "checkpoints" / str(last))
+            shutil.rmtree(run / "checkpoints" / "56", ignore_errors=True)
+            continue
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    finish(start_training(place, run))
+    assert during_save >= 3
+    assert learning(run) == learning(undisturbed)
+    assert content(run, 60) == content(undisturbed, 60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_continues(place, undisturbed, number):
+    run = place / f"signal-{number}"
+    process = start_training(place, run)
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 6:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = finish(process, expected=128 + number)
+    assert "saved step" in out
+    assert "Traceback" not in err
+    step = newest_good_step(run / "checkpoints", report=pytest.fail)
+    assert step == lines_of(run)[-1]["step"]
+    out, _ = finish(start_training(place, run))
+    assert f"from step {step}" in out
+    assert learning(run) == learning(undisturbed)
+    assert content(run, 60) == content(undisturbed, 60)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4), (1, 1)], ids=str)
+def test_a_run_moves_to_another_mesh(place, undisturbed, shape):
+    run = place / f"moved-{shape[0]}x{shape[1]}"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "checkpoints" / "60")
+    mesh = ["--mesh.data", str(shape[0]), "--mesh.expert", str(shape[1])]
+    out, _ = finish(start_training(place, run, *mesh))
+    assert "from step 56" in out
+    assert "changed since the last start: mesh." in out
+    there, here = lines_of(run), lines_of(undisturbed)
+    assert [line["step"] for line in there] == [line["step"] for line in here]
+    for name in ("learning/loss", "learning/aux_loss", "learning/grad_norm"):
+        np.testing.assert_allclose([line[name] for line in there], [line[name] for line in here], rtol=1e-5)
+
+
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_older_one_used(place, undisturbed):
+    run = place / "damaged"
+    shutil.copytree(undisturbed, run)
+    chunk = max((run / "checkpoints" / "60" / "params").rglob("0"), key=lambda p: p.is_file() and p.stat().st_size)
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 16
+    chunk.write_bytes(bytes(data))
+    out, _ = finish(start_training(place, run))
+    array = chunk.relative_to(run / "checkpoints" / "60").parts[1]
+    file = chunk.relative_to(run / "checkpoints" / "60")
+    assert f"checkpoints/60: params/{array} is damaged ({file}: checksum differs)" in out
+    assert "from step 56" in out
+    assert (run / "damaged" / "60").is_dir()
+    assert learning(run) == learning(undisturbed)
+    assert content(run, 60) == content(undisturbed, 60)
+
+
+def test_a_finished_run_says_so_and_more_steps_continue_it(place, undisturbed):
+    run = place / "longer"
+    shutil.copytree(undisturbed, run)
+    out, _ = finish(start_training(place, run))
+    assert "has reached step 60 of 60" in out
+    out, _ = finish(start_training(place, run, "--train.steps", "63"))
+    assert "changed since the last start: train.steps: 60 -> 63" in out
+    assert [line["step"] for line in lines_of(run)] == list(range(1, 64))
+
+
+def test_generation_streams_from_a_run_and_a_batch_changes_nothing(place, undisturbed):
+    def texts(*more):
+        options = ["--run", str(undisturbed), "--max_new_tokens", "12", "--seed", "3"]
+        return finish(start(place, "generate", *options, *more, module="gshardx.infer"))[0]
+
+    alone = texts("--prompt", "to be")
+    assert alone.startswith("to be")
+    assert len(alone) > len("to be\n")
+    (place / "prompts.txt").write_text("question\nto be\n")
+    assert texts("--prompt_file", str(place / "prompts.txt")) == texts("--prompt", "question") + "\n" + alone + "\n"
+    sharded = texts("--prompt", "question", "--prompt", "to be", "--mesh.expert", "4")
+    assert sharded == texts("--prompt_file", str(place / "prompts.txt"))
