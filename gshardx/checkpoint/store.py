@@ -22,6 +22,7 @@ Items = dict[str, Any]
 
 _SPLIT_REPLICAS_FROM = 1 << 20  # bytes: below it, one device writes an array that many hold, into one file
 _TIMEOUT_SECONDS = 3600
+_BLOCK = 4096
 
 
 class CheckpointStore:
@@ -213,18 +214,15 @@ def _reason(error: Exception) -> str:
 
 
 def _bytes_to_write(items: Items) -> int:
-    """Bytes of this process's share of the arrays, before compression.
+    """Disk space for this process's share of the arrays, before compression, in whole blocks, and for their metadata.
 
     Looked at before a save starts, because a write that fails halfway fills stderr with TensorStore's and asyncio's
     tracebacks.
     """
-    return sum(
-        shard.data.nbytes
-        for leaf in jax.tree.leaves(items)
-        if isinstance(leaf, jax.Array)
-        for shard in leaf.addressable_shards
-        if shard.replica_id == 0
-    )
+    arrays = [leaf for leaf in jax.tree.leaves(items) if isinstance(leaf, jax.Array)]
+    shards = [shard.data.nbytes for a in arrays for shard in a.addressable_shards if shard.replica_id == 0]
+    chunks = sum(-(-size // _BLOCK) * _BLOCK for size in shards)
+    return chunks + len(arrays) * 2 * _BLOCK + len(items) * 8 * _BLOCK
 
 
 def _step_folders(folder: Path) -> list[int]:
