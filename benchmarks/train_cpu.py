@@ -108,7 +108,9 @@ def rounds_of(contenders: list[Contender], rounds: int) -> dict[Contender, list[
                 continue
             try:
                 rows.append(one.measure())
-                say(f"round {number + 1}: {one.framework} on {one.devices}: {rows[-1]['tokens_per_second']:,.0f} tokens/s")
+                say(
+                    f"round {number + 1}: {one.framework} on {one.devices}: {rows[-1]['tokens_per_second']:,.0f} tokens/s"
+                )
             except NotMeasured as reason:
                 found[one] = reason
                 say(f"round {number + 1}: {one.framework} on {one.devices}: not measured: {reason}")
@@ -155,7 +157,11 @@ def verdicts(found: dict[Contender, list[Row] | NotMeasured]) -> Iterator[str]:
         if one.framework != "gshardx" or isinstance(rows, NotMeasured):
             continue
         values = ratios(rows, peers.get(one.devices))
-        got = f"{statistics.median(values):.2f}, {_verdict(statistics.median(values) >= GOAL)}" if values else "not measured"
+        got = (
+            f"{statistics.median(values):.2f}, {_verdict(statistics.median(values) >= GOAL)}"
+            if values
+            else "not measured"
+        )
         speed = _median(rows, "tokens_per_second")
         yield f"- {one.devices} device(s): at least {GOAL} x MaxText: {got}"
         yield f"- {one.devices} device(s): next, about {NEXT_GOAL:,} tokens/s: {speed:,.0f}, {_verdict(speed >= NEXT_GOAL)}"
@@ -163,8 +169,10 @@ def verdicts(found: dict[Contender, list[Row] | NotMeasured]) -> Iterator[str]:
 
 def stall_table(row: Row) -> Iterator[str]:
     """Markdown: the ratio first, then what it is made of."""
-    yield "| stall / blocking save | stall s | save call s | blocking save s | steps beside the write | their delay s | "\
+    yield (
+        "| stall / blocking save | stall s | save call s | blocking save s | steps beside the write | their delay s | "
         "step s | state MB | saves |"
+    )
     yield "|---|---|---|---|---|---|---|---|---|"
     yield (
         f"| {row['stall_of_blocking']:.1%} | {row['stall_seconds']:.3f} | {row['save_call_seconds']:.3f} "

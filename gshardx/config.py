@@ -136,7 +136,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-3
     """Peak learning rate."""
     warmup_steps: int = 50
-    """Steps to the peak; at most train.steps."""
+    """Steps to the peak."""
     final_fraction: float = 0.1
     """Learning rate at the last step, as a share of the peak."""
     beta1: float = 0.9
@@ -222,11 +222,6 @@ class Config:
             raise BadInput(
                 f"model.moe.group_size = {group} does not divide the {tokens} tokens that a device holds; "
                 f"use {_divisor(tokens, group)}"
-            )
-        if self.optimizer.warmup_steps > self.train.steps:
-            raise BadInput(
-                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than train.steps = "
-                f"{self.train.steps}; use {self.train.steps // 10} warm-up steps"
             )
 
 

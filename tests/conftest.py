@@ -8,6 +8,6 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from gshardx.sharding import simulate_devices
+from gshardx.sharding import simulate_devices  # noqa: E402
 
 simulate_devices(8)

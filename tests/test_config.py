@@ -73,8 +73,6 @@ IMPOSSIBLE = [
         ["model.moe.group_size = 1024", "600 tokens"],
         "model.moe.group_size",
     ),
-    ({"optimizer.warmup_steps": 500}, ["warmup_steps = 500", "train.steps = 400"], "optimizer.warmup_steps"),
-    ({"train.steps": 5}, ["warmup_steps = 50", "train.steps = 5"], "optimizer.warmup_steps"),
     ({"checkpoint.keep": 1}, ["checkpoint.keep = 1"], "checkpoint.keep"),
     ({"checkpoint.keep": 0}, ["checkpoint.keep = 0"], "checkpoint.keep"),
     ({"mesh.expert": 0}, ["mesh.expert = 0"], "mesh.expert"),
@@ -126,7 +124,6 @@ def test_a_vocabulary_too_small_for_the_bytes_names_the_smallest():
             "mesh.expert": st.integers(1, 16),
             "mesh.tensor": st.integers(1, 6),
             "train.batch_size": st.integers(1, 64),
-            "train.steps": st.integers(1, 200),
             "checkpoint.keep": st.integers(1, 3),
         }
     )
@@ -139,7 +136,6 @@ def test_following_the_advice_line_after_line_ends_in_a_config_that_works(values
         "heads =": "model.kv_heads",
         "head_dim =": "model.head_dim",
         "group_size =": "model.moe.group_size",
-        "warmup_steps =": "optimizer.warmup_steps",
         "keep =": "checkpoint.keep",
         "mesh.data =": "mesh.data",
     }
@@ -211,6 +207,10 @@ def test_the_tree_has_at_most_a_hundred_fields_and_each_says_what_it_is():
     assert len(DEFAULTS) <= 100
     kinds = [Config, *(field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type))]
     assert all(kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(") for kind in kinds)
+
+
+def test_a_few_steps_of_a_long_run_may_be_tried_without_a_shorter_warm_up():
+    assert build({"train.steps": 5}).optimizer.warmup_steps > 5
 
 
 def test_configs_cannot_be_changed_after_their_check():

@@ -23,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top_p", type=float, default=1.0, help="draw from the best tokens of this probability together"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws; the same for each prompt (default 0)")
-    parser.add_argument("--max_length", type=int, help="longest prompt and text, tokens (default: trained sequence)")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="room for prompt and text (default: trained sequence + max_new_tokens)",
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time (default 8)")
     for axis in MeshConfig().shape:
         parser.add_argument(f"--mesh.{axis}", dest=f"mesh_{axis}", type=int, default=1, metavar="N")
@@ -47,7 +52,8 @@ def generate(arguments: argparse.Namespace) -> int:
         run.blueprint,
         run.params,
         run.mesh,
-        length=arguments.max_length or run.config.data.sequence_length,
+        # From the flags alone, so that a long prompt changes nothing for its neighbours.
+        length=arguments.max_length or run.config.data.sequence_length + arguments.max_new_tokens,
         rows=-(-arguments.batch_size // mesh.batch_shards) * mesh.batch_shards,
     )
     options = SamplingOptions(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)

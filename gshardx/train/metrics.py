@@ -154,7 +154,7 @@ class Progress:
             f"load max/mean {scalars['moe/load_max_over_mean']:.2f}"
         )
         if self._bar:
-            self._bar.update(self._task, completed=step, text=text)
+            self._bar.update(self._task, completed=step, text=text.split("  MFU")[0])
         elif jax.process_index() == 0 and (
             time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps
         ):

@@ -28,13 +28,14 @@ def init_state(blueprint: Blueprint, optimizer: optax.GradientTransformation, se
     """Step 0, every array created in its shards."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(blueprint, optimizer, mesh))
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    params = blueprint.init(init_key)
+    # Waited for: two programs in flight can starve each other on simulated devices.
+    params = jax.block_until_ready(blueprint.init(init_key))
 
     def rest(params: Params) -> tuple[Any, Array, Array]:
         return optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key_data(run_key)
 
     opt_state, step, rng = jax.jit(rest, out_shardings=(shardings.opt_state, shardings.step, shardings.rng))(params)
-    return TrainState(step, params, opt_state, rng)
+    return jax.block_until_ready(TrainState(step, params, opt_state, rng))
 
 
 def abstract_state(blueprint: Blueprint, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

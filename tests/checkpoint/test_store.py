@@ -213,6 +213,11 @@ def test_a_save_that_fails_in_the_background_is_raised_and_the_older_step_stays(
     assert newest_good_step(folder, report=lambda line: None) == 2
 
 
+def save_and_wait(store, items):
+    store.save(3, items)
+    store.wait()
+
+
 def test_a_disk_that_fills_during_a_save_is_said_too(tiny_disk: Path, monkeypatch):
     monkeypatch.setattr("gshardx.checkpoint.store._bytes_to_write", lambda items: 0)
     test_a_full_disk_is_said_in_one_line_and_loses_nothing(tiny_disk)
@@ -235,8 +240,7 @@ def test_a_full_disk_is_said_in_one_line_and_loses_nothing(tiny_disk: Path):
     items = tree()
     items["params"]["w"] = jax.random.normal(jax.random.key(0), (1000, 1000))
     with pytest.raises(BadInput, match=r"could not be saved \(the disk is full.*continues from step 2"):
-        store.save(3, items)
-        store.wait()
+        save_and_wait(store, items)
     store.close()
     assert newest_good_step(folder, report=lambda line: None) == 2
     saved(folder, steps=(4,))

@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from gshardx.config import ModelConfig, MoEConfig
+from gshardx.config import ModelConfig, MoEConfig, OptimizerConfig
 from gshardx.models.build import blueprint
 from gshardx.sharding import MeshConfig, build_mesh
 from gshardx.train.optimizer import build_optimizer
 from gshardx.train.state import abstract_state, init_state
 from gshardx.train.step import Batch, abstract_batch, compile_eval_step, compile_train_step
-from gshardx.config import OptimizerConfig
 
 VOCAB, ROWS, LENGTH = 32, 8, 16
 

@@ -47,8 +47,8 @@ def start_training(folder, run, *more):
     return start(folder, "--config", "tiny.yaml", "--run_dir", str(run), *more)
 
 
-def finish(process, expected=0):
+def finish(process, expected=0, limit=300):
     """Its output and errors, once it has ended as expected."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=limit)
     assert process.returncode == expected, f"exit {process.returncode}\n{out}\n{err}"
     return out, err

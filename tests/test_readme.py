@@ -1,0 +1,54 @@
+"""What README shows works as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.processes import finish, start
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_layer_in_somebodys_own_model_runs(tmp_path):
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    shape, loss, dropped = re.fullmatch(r"(\(.*?\)) (\S+) (\S+)\n", done.stdout).groups()
+    assert shape == "(16, 32, 64)"
+    assert 1.0 < float(loss) < 1.1
+    assert 0.0 < float(dropped) < 0.2
+
+
+def test_every_file_and_key_that_readme_names_exists():
+    for path in re.findall(r"\]\(([\w/.]+)\)", README):
+        assert (ROOT / path).exists(), path
+    help_text, _ = finish(start(ROOT, "--help"))
+    for key in re.findall(r"--([a-z_]+\.[a-z_]+)", README):
+        assert f"--{key} " in help_text, key
+
+
+@pytest.mark.slow
+def test_the_quickstart_reaches_what_it_promises(tmp_path):
+    """2.2 bits per byte or better on held-out Shakespeare; the printed commands work."""
+    out, _ = finish(
+        start(ROOT, "--config", "configs/quickstart.yaml", "--run_dir", str(tmp_path / "quickstart")), limit=1500
+    )
+    bits = float(re.search(r"validation +([\d.]+) bits per byte", out).group(1))
+    xz = float(re.search(r"([\d.]+) for xz -9e", out).group(1))
+    assert bits <= 2.2
+    assert 2.4 < xz < 2.7
+    command = re.search(r"generate +python -m gshardx.infer (.*)", out).group(1)
+    assert '--prompt "To be"' in command
+    text, _ = finish(
+        start(ROOT, "generate", "--run", str(tmp_path / "quickstart"), "--prompt", "To be", module="gshardx.infer")
+    )
+    assert text.startswith("To be")
+    assert len(text) > 100

@@ -1,0 +1,137 @@
+"""The loop in this process: what it compiles, and what it measures."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from gshardx.config import CheckpointConfig, Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from gshardx.data.pipeline import evaluation_rows
+from gshardx.layers import Packed
+from gshardx.sharding import MeshConfig
+from gshardx.train import loop
+from gshardx.train.evaluate import bits_per_byte, xz_bits_per_byte
+from gshardx.train.flops import forward_flops_per_token
+from gshardx.train.job import Job
+from gshardx.train.optimizer import build_optimizer, schedule
+from gshardx.train.run_dir import RunDir
+from gshardx.train.state import init_state
+from gshardx.train.text import Text, read_text
+
+
+@pytest.fixture
+def config(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "{word} {"to be or not to be " * 6}"}}\n' for word in "abcdefghij"))
+    return Config(
+        model=ModelConfig(
+            layers=2, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16, moe=MoEConfig(num_experts=4, hidden=8)
+        ),
+        mesh=MeshConfig(data=2, expert=4),
+        data=DataConfig(path=str(text), tokenizer="bytes", sequence_length=16),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        train=TrainConfig(steps=8, batch_size=8, sample_tokens=0),
+        checkpoint=CheckpointConfig(every=3),
+    )
+
+
+def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch):
+    step, compiled = [0], []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(step[0])
+
+    put = loop.Meter.put
+
+    def counted(self, number, metrics):
+        step[0] = number
+        put(self, number, metrics)
+
+    monkeypatch.setattr(loop.Meter, "put", counted)
+    monkeypatch.setattr(loop, "report", lambda *_: step.__setitem__(0, -1))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert loop.train(config, RunDir(tmp_path / "run"), "command") == 0
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert compiled.count(0) >= 2, "the listener must have seen the step being compiled"
+    assert [number for number in compiled if number >= 2] == []
+
+
+def test_bits_per_byte_is_the_cross_entropy_of_every_byte(config):
+    text = read_text(config.data)
+    job = Job.of(config, text.tokenizer.vocab_size)
+    params = job.blueprint.init(jax.random.key(0))
+    bits = bits_per_byte(job, params, text)
+
+    model, nats, targets = job.blueprint.bind(jax.device_get(params)), 0.0, 0
+    for piece in text.held_out:
+        tokens = np.asarray(piece)[None]
+        ones, positions = np.ones_like(tokens[:, :-1]), np.arange(tokens.shape[1] - 1, dtype=np.int32)[None]
+        hidden, _, _ = model.hidden(tokens[:, :-1], positions, ones > 0, Packed.of(ones), None)
+        scores = np.asarray(jax.nn.log_softmax(model.logits(hidden)[0]))
+        nats -= sum(scores[i, token] for i, token in enumerate(tokens[0, 1:]))
+        targets += tokens.shape[1] - 1
+    size = sum(len(document) for document in text.held_out_documents)
+    assert targets == size + len(text.held_out_documents)  # each byte, and the end of each document
+    assert bits == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert sum(int((rows["tokens_segment_ids"] > 0).sum()) for rows in evaluation_rows(text.held_out, 16, 8)) == (
+        targets + len(text.held_out)
+    )
+
+
+def test_xz_reads_the_training_text_first(config):
+    text = read_text(config.data)
+    known = xz_bits_per_byte(text)
+    unknown = xz_bits_per_byte(dataclasses.replace(text, training_documents=["@"]))
+    assert known < unknown
+    assert xz_bits_per_byte(Text(text.tokenizer, [], [], ["x" * 9_000_000], ["y"])) is None
+
+
+def test_the_learning_rate_rises_then_falls_to_its_share():
+    rate = schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1), 100)
+    assert [float(rate(step)) for step in (0, 5, 10, 100)] == pytest.approx([0.0, 0.5, 1.0, 0.1])
+    assert float(rate(55)) == pytest.approx(0.55)
+
+
+def test_matrices_decay_and_norms_do_not(config):
+    job = Job.of(config, 257)
+    optimizer = build_optimizer(dataclasses.replace(config.optimizer, weight_decay=0.5), 10, job.blueprint.axes)
+    params = jax.tree.map(lambda a: np.ones(a.shape, np.float32), job.blueprint.params)
+    zero = jax.tree.map(np.zeros_like, params)
+    state = optimizer.init(params)
+    _, state = optimizer.update(zero, state, params)  # the first step's rate is 0
+    updates, _ = optimizer.update(zero, state, params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        assert bool(np.any(update)) != ("scale" in str(path)), path
+
+
+def test_a_start_is_the_same_on_every_mesh(config):
+    states = []
+    for mesh in (MeshConfig(), MeshConfig(expert=4, tensor=1, data=2), MeshConfig(fsdp=8)):
+        job = Job.of(dataclasses.replace(config, mesh=mesh), 257)
+        states.append(jax.device_get(init_state(job.blueprint, job.optimizer, 7, job.mesh)))
+    for other in states[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, states[0])
+    job = Job.of(config, 257)
+    assert not np.array_equal(
+        jax.tree.leaves(job.blueprint.init(jax.random.key(1)))[0], jax.tree.leaves(states[0].params)[0]
+    )
+
+
+def test_useful_flops_are_those_of_the_matrices_that_a_token_meets(config):
+    outside, experts = forward_flops_per_token(config.model, 257, 16)
+    job = Job.of(config, 257)
+    units = job.blueprint.params["stack"]["units"]
+
+    def count(tree):
+        return sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if "scale" not in str(path))
+
+    used = units["sparse"]["feed_forward"]["experts"]
+    assert experts == 2 * count(used) * config.model.moe.top_k / config.model.moe.num_experts
+    rest = count(units) - count(used) + count(job.blueprint.params["unembedding"])
+    scores = 2 * (16 // 2) * 2 * config.model.heads * config.model.head_dim * config.model.layers
+    assert outside == 2 * rest + scores
