@@ -110,7 +110,7 @@ def summary(rounds: list[Round]) -> dict[str, float]:
         "blocking_seconds": blocking,
         "stall_of_blocking": stall / blocking,
         "steps_beside_write": statistics.median(len(one.beside) for one in rounds),
-        "later_slowdown_seconds": statistics.median(later),
+        "later_delay_seconds": statistics.median(later),
     }
 
 

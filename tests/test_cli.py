@@ -115,6 +115,17 @@ def test_a_value_of_the_wrong_type_names_key_and_value_and_what_fits(tmp_path, k
 
 
 @pytest.mark.parametrize(
+    ("key", "value"), [("model.moe.group_size", "7.5"), ("model.dtype", "float16"), ("model.moe.dispatcher", "ragged")]
+)
+@pytest.mark.xfail(strict=True, reason="cli._explain passes on jsonargparse's wording for unions and choices")
+def test_what_fits_is_said_in_words_of_the_config_and_not_of_python(key, value):
+    message = complaint(f"--{key}", value)
+    assert "<class" not in message
+    assert "typing" not in message
+    assert "subtypes" not in message
+
+
+@pytest.mark.parametrize(
     "argv", [("--seed",), ("--config",), ("stray",), ("-x",), ("--config", ""), ("--model", "nonsense")], ids=" ".join
 )
 def test_a_malformed_command_line_is_bad_input(argv):
@@ -140,7 +151,7 @@ def test_a_file_that_is_not_a_tree_of_keys_is_refused(tmp_path, text):
         read_config(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize("text", ["", "- model\n", "a: [1\n", "seed: x\n", "mesh: {expert: 0}\n"], ids=repr)
+@pytest.mark.parametrize("text", ["", "- model\n", "a: [1\n", "seed: x\n", "sede: 1\n", "train: {step: 1}\n"], ids=repr)
 @pytest.mark.xfail(strict=True, reason="cli.parse_config does not say which file is wrong")
 def test_a_mistake_in_a_file_names_the_file(tmp_path, text):
     assert "c.yaml" in complaint("--config", written(tmp_path / "c.yaml", text))

@@ -218,7 +218,7 @@ def test_configs_cannot_be_changed_after_their_check():
         Config().seed = 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.fixed_dictionaries(
         {

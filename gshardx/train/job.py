@@ -48,15 +48,14 @@ class Job:
         return compile_train_step(self.blueprint, self.optimizer, self.state, self.batch, self.mesh)
 
     @cached_property
-    def eval_step(self) -> CompiledStep[[Params, Batch], tuple[Array, Array]]:
+    def eval_step(self) -> CompiledStep[[Params, Batch], Array]:
         return compile_eval_step(self.blueprint, self.batch, self.mesh)
 
     def to_device(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """This process's share of a batch, laid over the mesh."""
-        names = ("tokens", "tokens_segment_ids", "tokens_positions")
         return Batch(
-            *[
-                jax.make_array_from_process_local_data(abstract.sharding, rows[name], abstract.shape)
-                for name, abstract in zip(names, self.batch, strict=True)
-            ]
+            **{
+                name: jax.make_array_from_process_local_data(abstract.sharding, rows[name], abstract.shape)
+                for name, abstract in self.batch._asdict().items()
+            }
         )

@@ -15,74 +15,70 @@ from gshardx.train.state import TrainState
 
 
 class Batch(NamedTuple):
-    """Packed documents, one token longer than a sequence, int32 ``[b, t + 1]``.
+    """Packed documents; see :data:`gshardx.data.pipeline.Rows`."""
 
-    segments: a number a document within the row, 0 for padding; positions: place in the document.
-    """
-
-    tokens: Int[Array, "b t1"]
-    segments: Int[Array, "b t1"]
-    positions: Int[Array, "b t1"]
+    tokens: Int[Array, "b t"]
+    targets: Int[Array, "b t"]
+    segments: Int[Array, "b t"]
+    positions: Int[Array, "b t"]
+    weights: Float[Array, "b t"]
 
 
 class StepMetrics(NamedTuple):
     """Of one step: scalars, and MoE metrics with an axis over MoE layers."""
 
     loss: Float[Array, ""]
-    """Mean cross-entropy of real targets, nats."""
+    """Mean cross-entropy of the targets that count, nats."""
     grad_norm: Float[Array, ""]
     tokens: Int[Array, ""]
-    """Real targets."""
+    """Targets that count."""
     moe: MoEMetrics
 
 
-def token_losses(
+def total_loss(
     blueprint: Blueprint, params: Params, batch: Batch, rng: Array | None
-) -> tuple[Float[Array, "b t"], Float[Array, "b t"], MoEMetrics]:
-    """Cross-entropy of each next token in nats, 1.0 where it is a real target (same document) else 0.0, MoE metrics."""
+) -> tuple[Float[Array, ""], MoEMetrics]:
+    """Sum of the weighted cross-entropies of all targets, nats, and MoE metrics."""
     model = blueprint.bind(params)
-    tokens, segments = batch.tokens[:, :-1], batch.segments[:, :-1]
-    valid = segments > 0
-    hidden, _, moe = model.hidden(tokens, batch.positions[:, :-1], valid, Packed.of(segments), rng)
+    valid = batch.segments > 0
+    hidden, _, moe = model.hidden(batch.tokens, batch.positions, valid, Packed.of(batch.segments), rng)
     logits = model.logits(hidden)
-    targets = batch.tokens[:, 1:]
-    real = ((batch.segments[:, 1:] == segments) & valid).astype(jnp.float32)
     # The target's logit by one-hot product: a gather's backward pass is a scatter into all logits.
-    of_target = jnp.sum(logits * jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - of_target, real, moe
+    of_target = jnp.sum(logits * jax.nn.one_hot(batch.targets, logits.shape[-1], dtype=logits.dtype), axis=-1)
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - of_target) * batch.weights), moe
 
 
 def train_step(
     blueprint: Blueprint, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
 ) -> tuple[TrainState, StepMetrics]:
-    """One update: mean cross-entropy over real targets plus the weighted mean of the layers' auxiliary losses."""
+    """One update: mean cross-entropy of the targets plus the weighted mean of the layers' auxiliary losses."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    count = batch.weights.sum()
 
-    def objective(params: Params) -> tuple[Array, tuple[Array, Array, MoEMetrics]]:
-        losses, real, moe = token_losses(blueprint, params, batch, rng)
-        count = real.sum()
-        loss = jnp.sum(losses * real) / jnp.maximum(count, 1.0)
-        aux = blueprint.config.moe.aux_loss_weight * moe.aux_loss.mean()
-        return loss + aux, (loss, count, moe)
+    def objective(params: Params) -> tuple[Array, tuple[Array, MoEMetrics]]:
+        total, moe = total_loss(blueprint, params, batch, rng)
+        loss = total / jnp.maximum(count, 1.0)
+        return loss + blueprint.config.moe.aux_loss_weight * moe.aux_loss.mean(), (loss, moe)
 
-    gradient, (loss, count, moe) = jax.grad(objective, has_aux=True)(state.params)
+    gradient, (loss, moe) = jax.grad(objective, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = StepMetrics(loss, optax.global_norm(gradient), count.astype(jnp.int32), moe)
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
-def eval_step(blueprint: Blueprint, params: Params, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of cross-entropies in nats and number of real targets, no token dropped."""
-    losses, real, _ = token_losses(blueprint, params, batch, None)
-    return jnp.sum(losses * real), real.sum()
+def eval_step(blueprint: Blueprint, params: Params, batch: Batch) -> Float[Array, ""]:
+    """Sum of the weighted cross-entropies in nats, no token dropped."""
+    return total_loss(blueprint, params, batch, None)[0]
 
 
 def abstract_batch(batch_size: int, sequence_length: int, mesh: Mesh) -> Batch:
     """Shape, dtype and sharding of a batch."""
-    shape = (batch_size, sequence_length + 1)
-    one = abstract_array(shape, jnp.int32, ("batch", "time"), mesh, tensor="batch")
-    return Batch(one, one, one)
+    whole, real = (
+        abstract_array((batch_size, sequence_length), dtype, ("batch", "time"), mesh, tensor="batch")
+        for dtype in (jnp.int32, jnp.float32)
+    )
+    return Batch(tokens=whole, targets=whole, segments=whole, positions=whole, weights=real)
 
 
 def compile_train_step(
@@ -97,12 +93,10 @@ def compile_train_step(
     return CompiledStep(step, (state, batch), mesh, donate=(0,), out_shardings=(shardings, None))
 
 
-def compile_eval_step(
-    blueprint: Blueprint, batch: Batch, mesh: Mesh
-) -> CompiledStep[[Params, Batch], tuple[Array, Array]]:
+def compile_eval_step(blueprint: Blueprint, batch: Batch, mesh: Mesh) -> CompiledStep[[Params, Batch], Array]:
     """Compile the evaluation for abstract ``batch``."""
 
-    def step(params: Params, batch: Batch) -> tuple[Array, Array]:
+    def step(params: Params, batch: Batch) -> Array:
         return eval_step(blueprint, params, batch)
 
     return CompiledStep(step, (blueprint.params, batch), mesh)

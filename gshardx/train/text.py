@@ -13,7 +13,7 @@ from gshardx.data.tokenizer import Tokenizer, build_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Pieces of at most a sequence of tokens, and the documents they were cut from."""
+    """Training pieces of at most a sequence of tokens, whole held-out documents as tokens, and the text of both."""
 
     tokenizer: Tokenizer
     training: list[np.ndarray]
@@ -42,7 +42,7 @@ def read_text(config: DataConfig) -> Text:
     return Text(
         tokenizer=tokenizer,
         training=cut(tokenizer.encode_documents(training), config.sequence_length),
-        held_out=cut(tokenizer.encode_documents(held_out), config.sequence_length, fill=False),
+        held_out=tokenizer.encode_documents(held_out),
         training_documents=training,
         held_out_documents=held_out,
     )

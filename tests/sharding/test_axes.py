@@ -45,7 +45,7 @@ def test_each_name_goes_to_the_axes_of_its_rule_that_have_several_devices(names,
 
 
 def test_on_one_device_nothing_is_split_and_nothing_need_divide():
-    assert partition_spec("batch time hidden".split(), (7, 5, 3), ONE) == PartitionSpec(None, None, None)
+    assert partition_spec(("batch", "time", "hidden"), (7, 5, 3), ONE) == PartitionSpec(None, None, None)
 
 
 def test_two_names_may_share_an_axis_of_one_device():
@@ -55,7 +55,7 @@ def test_two_names_may_share_an_axis_of_one_device():
 
 def test_axes_that_a_mesh_lacks_are_left_out():
     only_data = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = partition_spec("batch expert hidden".split(), (8, 3, 3), only_data)
+    spec = partition_spec(("batch", "expert", "hidden"), (8, 3, 3), only_data)
     assert NamedSharding(only_data, spec).shard_shape((8, 3, 3)) == (1, 3, 3)
 
 
@@ -100,7 +100,6 @@ def test_a_dimension_over_several_axes_names_their_product():
 
 @pytest.mark.xfail(strict=True, reason="axes.partition_spec lists every divisor of the dimension, larger ones too")
 def test_sizes_that_would_work_are_few_enough_to_read():
-    assert len(complaint("vocab", (720_721,), build_mesh(MeshConfig(tensor=2)))) < 300
     assert len(complaint("vocab", (55_440,), AbstractMesh((17,), ("tensor",)))) < 300
 
 

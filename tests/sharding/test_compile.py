@@ -15,8 +15,8 @@ def abstract(shape=(8, 4), dtype=jnp.float32):
     return abstract_array(shape, dtype, ("batch", "model"), MESH)
 
 
-def batch(shape=(8, 4), dtype=jnp.float32, spec=PartitionSpec("expert")):
-    return jax.device_put(np.ones(shape, dtype), NamedSharding(MESH, spec))
+def batch(shape=(8, 4), dtype=jnp.float32, axis="expert"):
+    return jax.device_put(np.ones(shape, dtype), NamedSharding(MESH, PartitionSpec(axis)))
 
 
 def test_it_computes_what_the_function_computes_and_traces_it_once():
@@ -35,11 +35,11 @@ def test_it_computes_what_the_function_computes_and_traces_it_once():
 @pytest.mark.parametrize(
     "wrong",
     [
-        batch(shape=(16, 4)),
-        batch(shape=(8, 5)),
-        batch(dtype=jnp.int32),
-        batch(spec=PartitionSpec()),
-        jax.device_put(np.ones((8, 4), np.float32), jax.devices()[0]),
+        lambda: batch(shape=(16, 4)),
+        lambda: batch(shape=(8, 5)),
+        lambda: batch(dtype=jnp.int32),
+        lambda: batch(axis=None),
+        lambda: jax.device_put(np.ones((8, 4), np.float32), jax.devices()[0]),
     ],
     ids=["more rows", "wider", "another dtype", "another sharding", "one device"],
 )
@@ -52,7 +52,7 @@ def test_it_refuses_another_shape_dtype_or_place_by_the_arguments_name(wrong):
 
     step = CompiledStep(add, (abstract(), abstract()), MESH)
     with pytest.raises((TypeError, ValueError), match="tokens"):
-        step(batch(), wrong)
+        step(batch(), wrong())
     assert len(traced) == 1
     step(batch(), batch())  # and goes on with the right ones
 

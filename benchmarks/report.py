@@ -1,0 +1,145 @@
+"""What the benchmark prints: Markdown tables that lead with ratios, the goals, and what machine it was."""
+
+import datetime
+import os
+import platform
+import statistics
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+GOAL = 1.5
+"""gshardx's tokens per second over MaxText's, on as many devices."""
+NEXT_GOAL = 3_100
+"""Tokens per second: about what Hugging Face's Mixtral reached on the two cores where the goal was set."""
+STALL_GOAL = 0.10
+"""What a save may keep training waiting, as a share of a save that is waited for."""
+
+Row = dict[str, Any]
+
+
+class NotMeasured(Exception):
+    """Why there is no number."""
+
+
+class Line(NamedTuple):
+    """One line of the speed table: a row a round, or why there are none."""
+
+    framework: str
+    devices: int
+    rows: list[Row] | NotMeasured
+
+
+def speed_table(lines: list[Line]) -> Iterator[str]:
+    """Medians over rounds; for ratios, which are taken within a round, the range as well."""
+    yield "| x MaxText (range) | framework | devices | tokens/s | s a step | compile s | dropped | notes |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for line in lines:
+        rows = line.rows
+        if isinstance(rows, NotMeasured):
+            yield f"| - | {line.framework} | {line.devices} | not measured | | | | {_one_cell(rows)} |"
+            continue
+        ratio = _ratio_cell(ratios(line, lines))
+        speed, step = _median(rows, "tokens_per_second"), _median(rows, "median_step_seconds")
+        compiling = f"{_median(rows, 'compile_seconds'):.1f}" if "compile_seconds" in rows[0] else ""
+        dropped = f"{_median(rows, 'drop_fraction'):.1%}" if "drop_fraction" in rows[0] else "not reported"
+        notes = ", ".join(dict.fromkeys(row["note"] for row in rows if "note" in row))
+        yield (
+            f"| {ratio} | {line.framework} | {line.devices} | {speed:,.0f} | {step:.3f} | {compiling} | {dropped} "
+            f"| {notes} |"
+        )
+
+
+def speed_goals(lines: list[Line]) -> Iterator[str]:
+    """Each goal and whether it is reached."""
+    for line in lines:
+        if line.framework != "gshardx" or isinstance(line.rows, NotMeasured):
+            continue
+        on = f"{line.devices} device{'s' if line.devices > 1 else ''}"
+        values = ratios(line, lines)
+        speed = _median(line.rows, "tokens_per_second")
+        if values:
+            ratio = statistics.median(values)
+            yield f"- goal on {on}: {GOAL} x MaxText; it is {ratio:.2f} x: {_verdict(ratio >= GOAL)}"
+        else:
+            yield f"- goal on {on}: {GOAL} x MaxText, which was not measured"
+        yield f"- next goal on {on}: {NEXT_GOAL:,} tokens/s; it is {speed:,.0f}: {_verdict(speed >= NEXT_GOAL)}"
+
+
+def ratios(line: Line, lines: list[Line]) -> list[float]:
+    """Tokens per second over MaxText's on as many devices, round by round."""
+    peer = next((one.rows for one in lines if (one.framework, one.devices) == ("MaxText", line.devices)), None)
+    if not isinstance(peer, list) or not isinstance(line.rows, list):
+        return []
+    return [row["tokens_per_second"] / other["tokens_per_second"] for row, other in zip(line.rows, peer, strict=True)]
+
+
+def stall_table(row: Row) -> Iterator[str]:
+    """The stall beside a save that is waited for, then what the write costs the steps after it."""
+    both = (row["stall_seconds"] + row["later_delay_seconds"]) / row["blocking_seconds"]
+    yield (
+        "| stall / blocking save | stall s | the save call alone s | blocking save s | steps beside the write "
+        "| their delay s | (stall + delay) / blocking | quiet step s | state MB | saves |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield (
+        f"| {row['stall_of_blocking']:.1%} | {row['stall_seconds']:.3f} | {row['save_call_seconds']:.3f} "
+        f"| {row['blocking_seconds']:.3f} | {row['steps_beside_write']:.0f} | {row['later_delay_seconds']:.3f} "
+        f"| {both:.0%} | {row['median_step_seconds']:.3f} | {row['state_bytes'] / 1e6:.0f} | {row['saves']} |"
+    )
+    yield ""
+    yield (
+        f"- goal: a stall of at most {STALL_GOAL:.0%} of a blocking save; it is {row['stall_of_blocking']:.1%}: "
+        f"{_verdict(row['stall_of_blocking'] <= STALL_GOAL)}"
+    )
+
+
+def versions(rows: list[Row]) -> str:
+    """Of everything that was measured, each once."""
+    return "; ".join(dict.fromkeys(row["versions"] for row in rows))
+
+
+class Machine:
+    """This machine, and how much of it others used since the object was made."""
+
+    def __init__(self) -> None:
+        self._before = _cpu_seconds()
+
+    def __str__(self) -> str:
+        now, before = _cpu_seconds(), self._before
+        others = "unknown"
+        if now and before:
+            total, busy, own = (a - b for a, b in zip(now, before, strict=True))
+            others = f"{max(busy - own, 0.0) / total:.0%}"
+        facts = [f"{os.cpu_count()} CPU cores", platform.machine(), f"Python {platform.python_version()}"]
+        return f"{datetime.date.today()}, {', '.join(facts)}; other programs' share of the CPU meanwhile: {others}"
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """Of all cores since boot: total, busy; and what this process and its finished children used. Linux only."""
+    try:
+        with open("/proc/stat") as file:
+            ticks = [int(field) for field in file.readline().split()[1:9]]
+    except OSError:
+        return None
+    total, idle = sum(ticks), ticks[3] + ticks[4]
+    per_second = os.sysconf("SC_CLK_TCK")
+    return total / per_second, (total - idle) / per_second, sum(os.times()[:4])
+
+
+def _ratio_cell(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if max(values) > min(values) else ""
+    return f"{statistics.median(values):.2f}{spread}"
+
+
+def _median(rows: list[Row], name: str) -> float:
+    return statistics.median(row[name] for row in rows)
+
+
+def _one_cell(reason: NotMeasured) -> str:
+    return str(reason).replace("|", "/")
+
+
+def _verdict(reached: bool) -> str:
+    return "reached" if reached else "missed"
