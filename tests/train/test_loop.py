@@ -67,7 +67,7 @@ def test_bits_per_byte_is_the_cross_entropy_of_every_byte(config):
     params = job.blueprint.init(jax.random.key(0))
     bits = bits_per_byte(job, params, text)
 
-    model, nats, targets = job.blueprint.bind(jax.device_get(params)), 0.0, 0
+    model, nats, targets = job.blueprint.bind(jax.device_put(jax.device_get(params), jax.devices()[0])), 0.0, 0
 
     @jax.jit
     def scores(tokens, valid):
