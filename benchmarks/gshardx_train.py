@@ -83,5 +83,5 @@ def measure(devices: int, steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
         "drop_fraction": statistics.median(dropped),
         "steps": steps,
         "mesh": str(config.mesh),
-        "versions": f"gshardx {version('gshardx')}, jax {jax.__version__}",
+        "versions": [f"gshardx {version('gshardx')} on jax {jax.__version__}"],
     }

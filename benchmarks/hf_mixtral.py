@@ -71,8 +71,8 @@ def measure(steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
         "median_step_seconds": median,
         "drop_fraction": 0.0,
         "steps": steps,
-        "note": f"{THREADS} threads, {experts} experts",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "note": f"{THREADS} threads; fastest experts: {experts}",
+        "versions": [f"torch {torch.__version__}", f"transformers {transformers.__version__}"],
     }
 
 

@@ -42,7 +42,7 @@ def speed_table(lines: list[Line]) -> Iterator[str]:
         speed, step = _median(rows, "tokens_per_second"), _median(rows, "median_step_seconds")
         compiling = f"{_median(rows, 'compile_seconds'):.1f}" if "compile_seconds" in rows[0] else ""
         dropped = f"{_median(rows, 'drop_fraction'):.1%}" if "drop_fraction" in rows[0] else "not reported"
-        notes = ", ".join(dict.fromkeys(row["note"] for row in rows if "note" in row))
+        notes = " / ".join(dict.fromkeys(row["note"] for row in rows if "note" in row))
         yield (
             f"| {ratio} | {line.framework} | {line.devices} | {speed:,.0f} | {step:.3f} | {compiling} | {dropped} "
             f"| {notes} |"
@@ -75,7 +75,7 @@ def ratios(line: Line, lines: list[Line]) -> list[float]:
 
 def stall_table(row: Row) -> Iterator[str]:
     """The stall beside a save that is waited for, then what the write costs the steps after it."""
-    both = (row["stall_seconds"] + row["later_delay_seconds"]) / row["blocking_seconds"]
+    both = (max(row["stall_seconds"], row["save_call_seconds"]) + row["later_delay_seconds"]) / row["blocking_seconds"]
     yield (
         "| stall / blocking save | stall s | the save call alone s | blocking save s | steps beside the write "
         "| their delay s | (stall + delay) / blocking | quiet step s | state MB | saves |"
@@ -95,7 +95,7 @@ def stall_table(row: Row) -> Iterator[str]:
 
 def versions(rows: list[Row]) -> str:
     """Of everything that was measured, each once."""
-    return "; ".join(dict.fromkeys(row["versions"] for row in rows))
+    return "; ".join(dict.fromkeys(name for row in rows for name in row["versions"]))
 
 
 class Machine:

@@ -140,14 +140,14 @@ def maxtext(script: Path, devices: int, steps: int) -> Row:
     return {
         "tokens_per_second": float(fields["tokens_per_second"]),
         "median_step_seconds": float(fields["median_step_s"]),
-        "versions": maxtext_versions(),
+        "versions": [maxtext_version()],
     }
 
 
-def maxtext_versions() -> str:
+def maxtext_version() -> str:
     """Asked of the environment that the script uses."""
     venv = Path(os.environ.get("MAXTEXT_VENV", Path.home() / ".cache" / "maxtext-venv"))
-    code = "from importlib.metadata import version as v; print('maxtext', v('maxtext') + ', jax', v('jax'))"
+    code = "from importlib.metadata import version as v; print('maxtext', v('maxtext'), 'on jax', v('jax'))"
     try:
         return last_line([str(venv / "bin" / "python"), "-c", code])
     except (OSError, NotMeasured):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
 from gshardx.config import Config
 from gshardx.errors import BadInput
@@ -50,12 +51,13 @@ def parse_config(prog: str, description: str, argv: list[str]) -> tuple[Config, 
     """
     parser = _parser(prog, description)
     try:
-        namespace = parser.parse_args(argv)
-        config = _config(parser, namespace)
+        files, flags = _files_and_flags(argv)
+        for file in files:
+            _check_file(file)
+        config = _config(parser, parser.parse_args([f"--config={file}" for file in files] + flags))
     except (argparse.ArgumentError, TypeError) as error:
         raise BadInput(_explain(str(error))) from error
-    files = namespace.get("config") or []
-    return config, Path(str(files[-1])) if files else None
+    return config, files[-1] if files else None
 
 
 def read_config(path: Path) -> Config:
@@ -64,6 +66,7 @@ def read_config(path: Path) -> Config:
     Raises:
         BadInput: as :func:`parse_config`, with the file's name.
     """
+    _check_file(path)
     parser = _parser("gshardx", "")
     try:
         return _config(parser, parser.parse_args(["--config", str(path)]))
@@ -73,9 +76,7 @@ def read_config(path: Path) -> Config:
 
 def config_yaml(config: Config) -> str:
     """YAML that :func:`read_config` reads back to an equal config."""
-    import yaml
-
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -85,6 +86,64 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings such as 1e3, which YAML 1.2 and jsonargparse read as numbers."""
+
+
+def _represent_string(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    quoted = re.fullmatch(r"[-+.\d].*", text) is not None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if quoted else None)
+
+
+_Dumper.add_representer(str, _represent_string)
+
+
+def _files_and_flags(argv: list[str]) -> tuple[list[Path], list[str]]:
+    """The files of ``--config``, and the rest with ``--print_config`` last, so that flags win wherever they stand."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--config", action="append", default=[], type=Path)
+    known, flags = early.parse_known_args(argv)
+    return known.config, sorted(flags, key=lambda flag: flag.split("=")[0] == "--print_config")
+
+
+def _check_file(path: Path) -> None:
+    """Raise BadInput unless ``path`` holds known keys, each section a mapping, each value of its type."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: can't be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: byte {error.start} is not UTF-8") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: no keys in it; write some, for example seed: 0")
+    _check_keys(path, tree, "")
+    parser = _parser("gshardx", "")
+    try:
+        parser.parse_args(["--config", str(path)])
+    except (argparse.ArgumentError, TypeError) as error:
+        raise BadInput(f"{path}: {_explain(str(error))}") from error
+
+
+def _check_keys(path: Path, tree: dict[Any, Any], prefix: str) -> None:
+    keys = [key for key, _ in flatten(dataclasses.asdict(Config()))]
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        section = any(known.startswith(f"{key}.") for known in keys)
+        if section and not isinstance(value, dict):
+            raise BadInput(f"{path}: {key} is a section; indent its keys below it")
+        if isinstance(value, dict) and (section or key not in keys):
+            _check_keys(path, value, f"{key}.")
+        elif not section and key not in keys:
+            raise BadInput(f"{path}: {_unknown(key)}")
+
+
+def _unknown(key: str) -> str:
+    keys = [known for known, _ in flatten(dataclasses.asdict(Config()))]
+    return f"unknown key {key}; did you mean {difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]}?"
 
 
 def _parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
@@ -116,7 +175,11 @@ def _explain(message: str) -> str:
     elif on_line:
         unknown = on_line.group(1)
     if unknown:
-        keys = [key for key, _ in flatten(dataclasses.asdict(Config()))]
-        nearest = difflib.get_close_matches(unknown, keys, n=1, cutoff=0.0)[0]
-        return f"unknown key {unknown}; did you mean {nearest}?"
+        return _unknown(unknown)
+    message = re.sub(
+        r"Does not validate against .*<class '(\w+)'>, <class 'NoneType'>.*Given value: ",
+        r"expected \1 or null. Got value: ",
+        message,
+    )
+    message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"expected one of \1", message)
     return re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1.", message).replace('Parser key "', '"')

@@ -15,15 +15,15 @@ from gshardx.sharding import MeshConfig
 def _positive(section: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise BadInput(f"{section}.{name} = {value}: must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise BadInput(f"{section}.{name} = {value}: must be above 0 and finite")
 
 
 def _at_least_zero(section: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not value >= 0:
-            raise BadInput(f"{section}.{name} = {value}: must be 0 or more")
+        if not 0 <= value < math.inf:
+            raise BadInput(f"{section}.{name} = {value}: must be 0 or more, and finite")
 
 
 def _divisor(of: int, at_most: int) -> int:
@@ -98,7 +98,7 @@ class ModelConfig:
         if self.heads % self.kv_heads:
             raise BadInput(
                 f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}; "
-                f"use {_divisor(self.heads, self.kv_heads)} kv_heads"
+                f"use model.heads = {math.ceil(self.heads / self.kv_heads) * self.kv_heads}"
             )
         if self.head_dim % 2:
             raise BadInput(f"model.head_dim = {self.head_dim}: rotary positions turn pairs; use {self.head_dim + 1}")
@@ -209,7 +209,9 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        check_model_on_mesh(self.model, self.mesh)
+        if not 0 <= self.seed < 2**32:
+            raise BadInput(f"seed = {self.seed}: must be 0 or more and below 2**32")
+        check_model_on_mesh(self.model, self.mesh, self.train.batch_size)
         shards, batch = self.mesh.batch_shards, self.train.batch_size
         if batch % shards:
             raise BadInput(
@@ -225,8 +227,11 @@ class Config:
             )
 
 
-def check_model_on_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
-    """Raise BadInput unless every dimension that the mesh splits divides over its axis."""
+def check_model_on_mesh(model: ModelConfig, mesh: MeshConfig, batch_size: int = 0) -> None:
+    """Raise BadInput unless every dimension that the mesh splits divides over its axis.
+
+    The axis that the message proposes suits every dimension on it, and ``batch_size``.
+    """
     split = [
         ("model.moe.num_experts", model.moe.num_experts, "expert"),
         ("model.width", model.width, "fsdp"),
@@ -238,7 +243,11 @@ def check_model_on_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
     for name, value, axis in split:
         parts = mesh.shape[axis]
         if value % parts:
+            common = math.gcd(*(other for _, other, along in split if along == axis))
+            others = mesh.batch_shards // parts
+            if axis != "tensor" and batch_size % others == 0:
+                common = math.gcd(common, batch_size // others)
             raise BadInput(
                 f"{name} = {value} does not divide over mesh.{axis} = {parts}; use mesh.{axis} = "
-                f"{_divisor(value, parts)} or {name} = {math.ceil(value / parts) * parts}"
+                f"{_divisor(common, parts)}"
             )

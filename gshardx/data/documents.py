@@ -48,12 +48,15 @@ def _files(path: str) -> list[Path]:
     if path in PACKAGED:
         return [Path(str(resources.files("gshardx.data") / "corpus" / PACKAGED[path]))]
     place = Path(path)
-    if place.is_dir():
-        found = [file for file in place.rglob("*") if file.suffix in SUFFIXES]
-    elif place.exists():
-        found = [place]
-    else:
-        found = [Path(match) for match in glob.glob(path, recursive=True)]
+    try:
+        if place.is_dir():
+            found = [file for file in place.rglob("*") if file.suffix in SUFFIXES]
+        elif place.exists():
+            found = [place]
+        else:
+            found = [Path(match) for match in glob.glob(path, recursive=True)]
+    except OSError as error:  # too long a name, or a folder that may not be entered
+        raise BadInput(f"data.path = {path}: no such file ({error.strerror})") from error
     if not found:
         raise BadInput(f"data.path = {path}: no such file, nor a glob or folder with {', '.join(SUFFIXES)} files in it")
     return sorted(found)
@@ -72,7 +75,8 @@ def _read(file: Path, column: str) -> list[str]:
 
 
 def _read_text(file: Path, column: str) -> list[str]:
-    text = file.read_text(encoding="utf-8")
+    with file.open(encoding="utf-8", newline="") as stream:
+        text = stream.read()
     pieces, start = [], 0
     while start < len(text):
         cut = text.find("\n", start + TEXT_PIECE - 1) + 1 or len(text)
@@ -83,21 +87,36 @@ def _read_text(file: Path, column: str) -> list[str]:
 
 def _read_jsonl(file: Path, column: str) -> list[str]:
     texts = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise BadInput(f"{file}, line {number}: byte {error.start} of the line is not UTF-8") from error
             except json.JSONDecodeError as error:
                 raise BadInput(f"{file}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
+            except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+                raise BadInput(f"{file}, line {number}: JSON that can't be read ({error})") from error
             if not isinstance(record, dict) or not isinstance(record.get(column), str):
                 fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise BadInput(
                     f"{file}, line {number}: no text in field {column!r} (it has: {fields}); set data.column"
                 )
+            if _is_broken(record[column]):
+                raise BadInput(f"{file}, line {number}: half of a surrogate pair; write the character or its pair")
             texts.append(record[column])
     return texts
+
+
+def _is_broken(text: str) -> bool:
+    """Whether ``text`` has a surrogate, which JSON can spell and UTF-8 can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _read_parquet(file: Path, column: str) -> list[str]:

@@ -27,6 +27,8 @@ class Tokenizer:
         if not ends:
             raise BadInput(f"{name}: has no end-of-text token; add one of {', '.join(KNOWN_ENDS)}")
         inner.encode_special_tokens = True
+        inner.no_truncation()
+        inner.no_padding()
         self.inner = inner
         self.end = int(inner.get_vocab()[ends[0]])
 
@@ -41,7 +43,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of ``text``, int32, no special tokens added."""
-        return np.asarray(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
+        try:
+            return np.asarray(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
+        except TypeError as error:  # lone surrogates: what Python makes of bytes that are not UTF-8
+            raise BadInput(f"text {text[:40]!r}: not Unicode; give UTF-8") from error
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each document between two end tokens, so that its first token has something to follow."""

@@ -93,13 +93,13 @@ def _check(arguments: argparse.Namespace) -> None:
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     file = arguments.prompt_file
-    if file == "-" or (file is None and not prompts):
-        prompts += sys.stdin.read().splitlines()
-    elif file is not None:
-        try:
+    try:
+        if file == "-" or (file is None and not prompts):
+            prompts += sys.stdin.read().splitlines()
+        elif file is not None:
             prompts += Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"--prompt_file {file}: can't be read ({error})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--prompt_file {file or '-'}: can't be read ({error})") from error
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise BadInput("no prompt: give --prompt TEXT, --prompt_file FILE, or lines on standard input")

@@ -70,7 +70,7 @@ def partition_spec(
             taken[axis] = name
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
-            fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+            fits = ", ".join(str(n) for n in range(1, min(size, 2 * parts) + 1) if size % n == 0)
             raise BadInput(
                 f"{where}: {name} = {size} does not divide over mesh axis {'*'.join(axes)} = {parts}; "
                 f"use a mesh axis of {fits}"

@@ -174,7 +174,7 @@ def _drop_lines_from(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         record = _parsed(line)
         if record is not None and record["step"] < first_step:
             kept.append(line + "\n")

@@ -71,7 +71,7 @@ class RunDir:
             ) from error
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise BadInput(f"run_dir {self.path}: another process trains in it; wait for it or use another") from error
         return held
 
@@ -112,6 +112,10 @@ class RunDir:
             found = wanted
         except UnicodeDecodeError as error:
             raise BadInput(f"{self.tokenizer}: damaged (not UTF-8); delete it and run the same command") from error
+        except OSError as error:
+            raise BadInput(
+                f"{self.tokenizer}: can't be read ({error.strerror}); delete it and run the same command"
+            ) from error
         if found != wanted:
             raise BadInput(
                 f"{self.tokenizer}: differs from the tokenizer that the config and text give; if it is damaged, delete "

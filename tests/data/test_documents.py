@@ -99,7 +99,6 @@ def test_a_long_text_becomes_several_documents_and_a_short_one_stays_whole(tmp_p
     assert split_documents([*long, "another"], 0.25)[1]
 
 
-@pytest.mark.xfail(strict=True, reason="documents._read_text reads with universal newlines")
 def test_windows_line_ends_are_kept(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n")
     assert read_documents(str(tmp_path / "a.txt"), "text") == ["one\r\ntwo\r\n"]
@@ -139,7 +138,6 @@ def test_a_byte_that_is_not_utf8_is_named_by_its_place(tmp_path, at):
     assert f"a.txt: byte {at} is not UTF-8" in complaint(tmp_path / "a.txt")
 
 
-@pytest.mark.xfail(strict=True, reason="documents._read: a JSONL file's error.start counts from a chunk, not the file")
 def test_a_byte_that_is_not_utf8_is_named_by_its_place_in_a_long_jsonl(tmp_path):
     good = b'{"text": "abcdefgh"}\n' * 1000
     (tmp_path / "a.jsonl").write_bytes(good + b'{"text": "\xff"}\n')
@@ -163,7 +161,6 @@ def test_nothing_found_names_the_path_and_the_suffixes(tmp_path):
         assert ".txt, .jsonl, .parquet" in message
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="documents._files: Path.is_dir raises for a name too long")
 def test_a_name_too_long_for_a_file_is_bad_input():
     assert "no such file" in complaint("x" * 300)
 
@@ -208,7 +205,6 @@ def test_a_damaged_parquet_file_is_named_wherever_the_damage_is(tmp_path):
     [b'{"text": "a\\ud800b"}', b"[" * 100_000, b'{"text": "a", "id": ' + b"1" * 5000 + b"}"],
     ids=["half a surrogate pair", "too deep", "a number too long"],
 )
-@pytest.mark.xfail(strict=True, reason="documents._read_jsonl lets UnicodeEncodeError, RecursionError, ValueError out")
 def test_json_that_python_cannot_take_is_bad_input(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(BadInput, match=r"a\.jsonl, line 2"):

@@ -98,7 +98,6 @@ def test_a_dimension_over_several_axes_names_their_product():
     assert "batch = 6 does not divide over mesh axis data*expert = 4" in complaint("batch", (6,), CUBE)
 
 
-@pytest.mark.xfail(strict=True, reason="axes.partition_spec lists every divisor of the dimension, larger ones too")
 def test_sizes_that_would_work_are_few_enough_to_read():
     assert len(complaint("vocab", (55_440,), AbstractMesh((17,), ("tensor",)))) < 300
 

@@ -50,7 +50,7 @@ def test_too_many_devices_names_what_is_asked_and_what_is_here():
     assert build_mesh(MeshConfig(data=4, expert=2)).size == 8
 
 
-def test_simulated_devices_are_asked_for_in_front_of_the_users_own_flags(monkeypatch):
+def test_simulated_devices_are_asked_for_beside_the_users_own_flags(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     simulate_devices(6)
     flags = os.environ["XLA_FLAGS"].split()
