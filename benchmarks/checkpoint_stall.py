@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-import numpy as np
-from gshardx_train import config_of
+from gshardx_train import config_of, random_rows
 from shape import SHAPE, WARM_UP_STEPS, Shape
 
 from gshardx.checkpoint.store import CheckpointStore, finished_steps
-from gshardx.data.pipeline import Rows, training_rows
+from gshardx.data.pipeline import Rows
 from gshardx.sharding import simulate_devices
 from gshardx.train.job import Job
 from gshardx.train.resume import items_of
@@ -71,12 +70,6 @@ class Round(NamedTuple):
     """The steps after it, until the save is finished."""
     blocking: float
     """A save and the wait for it, with no step under way."""
-
-
-def random_rows(shape: Shape) -> grain.DatasetIterator[Rows]:
-    """The product's own iterator (a checkpoint keeps its place) over pieces of random tokens."""
-    pieces = np.random.default_rng(0).integers(shape.vocab, size=(64, shape.sequence + 1), dtype=np.int32)
-    return training_rows(list(pieces), shape.sequence, shape.batch, seed=0)
 
 
 def seconds_of(action: Callable[[], None]) -> float:

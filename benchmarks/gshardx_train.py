@@ -2,16 +2,16 @@
 
 import statistics
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from shape import SHAPE, Shape, steady_median
 
 from gshardx.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
-from gshardx.data.pipeline import Rows
+from gshardx.data.pipeline import Rows, training_rows
 from gshardx.sharding import MeshConfig, simulate_devices
 from gshardx.train.job import Job
 from gshardx.train.state import init_state
@@ -42,15 +42,10 @@ def config_of(shape: Shape, devices: int) -> Config:
     )
 
 
-def random_rows(shape: Shape, seed: int = 0) -> Iterator[Rows]:
-    """Endless batches, each row one document of uniformly random tokens."""
-    draw = np.random.default_rng(seed)
-    size = (shape.batch, shape.sequence + 1)
-    segments = np.ones(size, np.int32)
-    positions = np.broadcast_to(np.arange(size[1], dtype=np.int32), size)
-    while True:
-        tokens = draw.integers(shape.vocab, size=size, dtype=np.int32)
-        yield {"tokens": tokens, "tokens_segment_ids": segments, "tokens_positions": positions}
+def random_rows(shape: Shape) -> grain.DatasetIterator[Rows]:
+    """The product's own batches, of documents that are one sequence of uniformly random tokens each."""
+    pieces = np.random.default_rng(0).integers(shape.vocab, size=(16 * shape.batch, shape.sequence + 1), dtype=np.int32)
+    return training_rows(list(pieces), shape.sequence, shape.batch, seed=0)
 
 
 def measure(devices: int, steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
@@ -66,10 +61,11 @@ def measure(devices: int, steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
     train_step = job.train_step
     compile_seconds = time.perf_counter() - start
     state = init_state(job.blueprint, job.optimizer, config.seed, job.mesh)
+    rows = random_rows(shape)
     seconds, dropped = [], []
-    for _, rows in zip(range(steps), random_rows(shape), strict=False):
+    for _ in range(steps):
         start = time.perf_counter()
-        state, metrics = train_step(state, job.to_device(rows))
+        state, metrics = train_step(state, job.to_device(next(rows)))
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - start)
         dropped.append(float(metrics.moe.stats.drop_fraction.mean()))

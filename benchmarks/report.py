@@ -30,22 +30,26 @@ class Line(NamedTuple):
 
 
 def speed_table(lines: list[Line]) -> Iterator[str]:
-    """Medians over rounds; for ratios, which are taken within a round, the range as well."""
-    yield "| x MaxText (range) | framework | devices | tokens/s | s a step | compile s | dropped | notes |"
-    yield "|---|---|---|---|---|---|---|---|"
+    """Medians over rounds; for ratios, which are taken within a round, the range as well.
+
+    The share of the CPU that others used during each round says which rows were measured alike.
+    """
+    yield "| x MaxText (range) | framework | devices | tokens/s | s a step | compile s | dropped | others' CPU | notes |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for line in lines:
         rows = line.rows
         if isinstance(rows, NotMeasured):
-            yield f"| - | {line.framework} | {line.devices} | not measured | | | | {_one_cell(rows)} |"
+            yield f"| - | {line.framework} | {line.devices} | not measured | | | | | {_one_cell(rows)} |"
             continue
         ratio = _ratio_cell(ratios(line, lines))
         speed, step = _median(rows, "tokens_per_second"), _median(rows, "median_step_seconds")
         compiling = f"{_median(rows, 'compile_seconds'):.1f}" if "compile_seconds" in rows[0] else ""
         dropped = f"{_median(rows, 'drop_fraction'):.1%}" if "drop_fraction" in rows[0] else "not reported"
         notes = " / ".join(dict.fromkeys(row["note"] for row in rows if "note" in row))
+        others = ", ".join(row["others"] for row in rows)
         yield (
             f"| {ratio} | {line.framework} | {line.devices} | {speed:,.0f} | {step:.3f} | {compiling} | {dropped} "
-            f"| {notes} |"
+            f"| {others} | {notes} |"
         )
 
 
@@ -104,14 +108,17 @@ class Machine:
     def __init__(self) -> None:
         self._before = _cpu_seconds()
 
-    def __str__(self) -> str:
+    def others(self) -> str:
+        """Other programs' share of all cores; an own program that has ended is none of them."""
         now, before = _cpu_seconds(), self._before
-        others = "unknown"
-        if now and before:
-            total, busy, own = (a - b for a, b in zip(now, before, strict=True))
-            others = f"{max(busy - own, 0.0) / total:.0%}"
+        if not now or not before:
+            return "unknown"
+        total, busy, own = (a - b for a, b in zip(now, before, strict=True))
+        return f"{max(busy - own, 0.0) / max(total, 1e-9):.0%}"
+
+    def __str__(self) -> str:
         facts = [f"{os.cpu_count()} CPU cores", platform.machine(), f"Python {platform.python_version()}"]
-        return f"{datetime.date.today()}, {', '.join(facts)}; other programs' share of the CPU meanwhile: {others}"
+        return f"{datetime.date.today()}, {', '.join(facts)}; others used {self.others()} of the CPU meanwhile"
 
 
 def _cpu_seconds() -> tuple[float, float, float] | None:

@@ -10,6 +10,7 @@ machine, and about who else uses it, as about the programs: compare ratios.
 
 import argparse
 import json
+import logging
 import os
 import re
 import subprocess
@@ -74,6 +75,7 @@ def measure_here(args: argparse.Namespace) -> int:
     """Measure gshardx in this process and print its row."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # as the product's own commands do
     from gshardx.errors import BadInput
 
     try:
@@ -113,8 +115,9 @@ def take_turns(everyone: list[Contender], rounds: int) -> list[Line]:
             if isinstance(rows, NotMeasured):
                 continue
             try:
-                rows.append(one.measure())
-                result = f"{rows[-1]['tokens_per_second']:,.0f} tokens/s"
+                machine = Machine()
+                rows.append(one.measure() | {"others": machine.others()})
+                result = "{tokens_per_second:,.0f} tokens/s, others used {others} of the CPU".format(**rows[-1])
             except NotMeasured as reason:
                 found[one], result = reason, f"not measured: {reason}"
             print(f"round {number + 1}, {one.framework} on {one.devices}: {result}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from gshardx.sharding import one_program_at_a_time
 from gshardx.train.evaluate import bits_per_byte
 from gshardx.train.flops import forward_flops_per_token, peak_flops
 from gshardx.train.job import Job
-from gshardx.train.metrics import Progress, Trackers, step_scalars
+from gshardx.train.metrics import Progress, Scalars, Trackers, step_scalars
 from gshardx.train.optimizer import schedule
 from gshardx.train.report import report
 from gshardx.train.resume import items_of, resume_or_start
@@ -62,14 +62,15 @@ def train(config: Config, run: RunDir, command: str) -> int:
         store = CheckpointStore(run.checkpoints, config.checkpoint.every, config.checkpoint.keep, facts)
         try:
             with caught_signals() as caught:
-                state, last = run_steps(job, run, text, rows, store, state, first, caught)
+                ended = run_steps(job, run, text, rows, store, state, first, caught)
         finally:
             store.close()
-        if last < config.train.steps:
+        if ended.step < config.train.steps:
             number = caught[0]
-            say(f"saved step {last} after {signal.Signals(number).name}; to continue: {command}")
+            say(f"saved step {ended.step} after {signal.Signals(number).name}; to continue: {command}")
             return 128 + number
-        report(job, run, text, state.params, command, say)
+        bits = bits_per_byte(job, ended.state.params, text) if ended.bits is None else ended.bits
+        report(job, run, text, ended.state.params, bits, command, say)
         return 0
 
 
@@ -77,6 +78,14 @@ def say(line: str) -> None:
     """Print on process 0."""
     if jax.process_index() == 0:
         print(line, flush=True)
+
+
+class Ended(NamedTuple):
+    """Where stepping ended: the saved state, its step, and the last evaluation's bits per byte, if there was one."""
+
+    state: TrainState
+    step: int
+    bits: float | None
 
 
 def run_steps(
@@ -88,14 +97,14 @@ def run_steps(
     state: TrainState,
     first: int,
     caught: list[int],
-) -> tuple[TrainState, int]:
-    """Steps ``first + 1`` to ``train.steps``, or until a signal; return the saved state and its step."""
-    config, last = job.config, first
+) -> Ended:
+    """Steps ``first + 1`` to ``train.steps``, or until a signal."""
+    config, last, bits = job.config, first, None
     if first >= config.train.steps:
         say(f"{run.path} has reached step {first} of {config.train.steps}; raise --train.steps to go on")
-        return state, first
+        return Ended(state, first, None)
     say(f"compiling for mesh {config.mesh}")
-    step_program = job.train_step
+    step_program, _ = job.train_step, job.eval_step
     wait = one_program_at_a_time(job.mesh)
     trackers = Trackers(run, first_step=first + 1)
     with Progress(config.train.steps, first) as progress:
@@ -105,23 +114,21 @@ def run_steps(
             meter.put(last, metrics)
             if wait:
                 jax.block_until_ready(state)
-                meter.flush()
-            stop = bool(caught) or last == config.train.steps
+            ended = last == config.train.steps
             store.check()
-            store.save(last, items_of(state, rows), force=stop)
-            every = config.train.eval_every
-            if every and last % every == 0 and not stop:
+            store.save(last, items_of(state, rows), force=ended or bool(caught))
+            if ended or (config.train.eval_every and last % config.train.eval_every == 0):
+                with meter.paused():
+                    bits = bits_per_byte(job, state.params, text)
+                meter.flush({"evaluation/bits_per_byte": bits})
+            elif wait:
                 meter.flush()
-                bits = bits_per_byte(job, state.params, text)
-                trackers.write(last, {"evaluation/bits_per_byte": bits})
-                progress.say(f"step {last}: {bits:.3f} bits per byte on held-out text")
-                meter.restart()
-            if stop:
+            if caught:
                 break
         meter.flush()
     trackers.close()
     store.wait()
-    return state, last
+    return Ended(state, last, bits)
 
 
 class _Pending(NamedTuple):
@@ -140,18 +147,21 @@ class Meter:
         self._peak, source = peak_flops(job.mesh.size)
         say(f"MFU is against {self._peak / 1e12:.3g} TFLOP/s ({source})")
         self._pending: _Pending | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Time from now: what came before belongs to no step."""
         self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that belongs to no step."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def put(self, step: int, metrics: StepMetrics) -> None:
         self.flush()
         self._pending = _Pending(step, metrics)
 
-    def flush(self) -> None:
-        """Write the step that waits; its time runs from the end of the step before it."""
+    def flush(self, more: Scalars | None = None) -> None:
+        """Write the step that waits, and ``more`` beside it. Its time runs from when the step before it was written."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
@@ -159,8 +169,8 @@ class Meter:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         rate = float(self._learning_rate(step - 1))
-        scalars = step_scalars(fetched, rate, seconds, self._flops, self._peak)
-        if step % self._config.train.log_every == 0 or step == self._config.train.steps:
+        scalars = step_scalars(fetched, rate, seconds, self._flops, self._peak) | (more or {})
+        if more or step % self._config.train.log_every == 0:
             self._trackers.write(step, scalars)
         self._progress.show(step, scalars)
 

@@ -148,6 +148,8 @@ class Progress:
             self._bar.stop()
 
     def show(self, step: int, scalars: Mapping[str, float]) -> None:
+        if "evaluation/bits_per_byte" in scalars and step < self._steps:
+            self.say(f"step {step}: {scalars['evaluation/bits_per_byte']:.3f} bits per byte of held-out text")
         text = (
             f"loss {scalars['learning/loss']:.3f}  {scalars['perf/tokens_per_second']:,.0f} tokens/s  "
             f"MFU {scalars['perf/mfu']:.0%}  dropped {scalars['moe/drop_fraction']:.1%}  "

@@ -7,15 +7,16 @@ import numpy as np
 
 from gshardx.models.build import Params
 from gshardx.models.generator import Generator, SamplingOptions
-from gshardx.train.evaluate import bits_per_byte, xz_bits_per_byte
+from gshardx.train.evaluate import xz_bits_per_byte
 from gshardx.train.job import Job
 from gshardx.train.run_dir import RunDir
 from gshardx.train.text import Text
 
 
-def report(job: Job, run: RunDir, text: Text, params: Params, command: str, say: Callable[[str], None]) -> None:
-    """Evaluate, sample, and print the run's summary."""
-    bits = bits_per_byte(job, params, text)
+def report(
+    job: Job, run: RunDir, text: Text, params: Params, bits: float, command: str, say: Callable[[str], None]
+) -> None:
+    """Sample, and print the run's summary; ``bits`` per byte of held-out text."""
     xz = xz_bits_per_byte(text)
     documents, size = len(text.held_out_documents), text.held_out_bytes
     say(f"\nvalidation  {bits:.3f} bits per byte on {documents} held-out document(s), {size:,} bytes")

@@ -51,6 +51,7 @@ def test_every_step_writes_its_line(undisturbed):
     names = ["learning/loss", "learning/aux_loss", "learning/grad_norm", "perf/step_seconds", "perf/tokens_per_second"]
     for name in [*names, "moe/drop_fraction", "moe/load_max_over_mean", "moe/layer_0/drop_fraction"]:
         assert all(isinstance(line[name], float) for line in lines), name
+    assert lines[-1]["evaluation/bits_per_byte"] > 0
     assert lines[-1]["learning/loss"] < lines[0]["learning/loss"] - 1
     assert any((undisturbed / "tensorboard").iterdir())
 
