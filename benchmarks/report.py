@@ -34,7 +34,7 @@ def speed_table(lines: list[Line]) -> Iterator[str]:
 
     The share of the CPU that others used during each round says which rows were measured alike.
     """
-    yield "| x MaxText (range) | framework | devices | tokens/s | s a step | compile s | dropped | others' CPU | notes |"
+    yield "| x MaxText (range) | framework | devices | tokens/s | s a step | compile s | dropped | others | notes |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for line in lines:
         rows = line.rows

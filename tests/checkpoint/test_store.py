@@ -1,7 +1,6 @@
 """Real Orbax directories: any mesh, any damage, a full disk."""
 
 import shutil
-import subprocess
 import threading
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from gshardx.checkpoint.manifest import read_manifest
 from gshardx.checkpoint.store import CheckpointStore, array_shapes, finished_steps, load, newest_good_step, set_aside
 from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig, build_mesh
+from tests.disks import small_disk
 
 
 def iterator():
@@ -225,13 +225,8 @@ def test_a_disk_that_fills_during_a_save_is_said_too(tiny_disk: Path, monkeypatc
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_disk(tmp_path / "disk", "400k") as disk:
+        yield disk
 
 
 def test_a_full_disk_is_said_in_one_line_and_loses_nothing(tiny_disk: Path):

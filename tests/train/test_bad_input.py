@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from gshardx.checkpoint.store import newest_good_step
+from tests.disks import small_disk
 from tests.train.processes import finish, start, start_training, write_inputs
 
 
@@ -114,13 +115,8 @@ def test_two_trainers_do_not_share_a_directory(place):
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with small_disk(tmp_path / "disk", "1500k") as disk:
+        yield disk
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_the_same_command_continues(place, tiny_disk):
