@@ -114,16 +114,16 @@ def run_steps(
             meter.put(last, metrics)
             if wait:
                 jax.block_until_ready(state)
-            ended = last == config.train.steps
+            ended, stop = last == config.train.steps, bool(caught)
             store.check()
-            store.save(last, items_of(state, rows), force=ended or bool(caught))
+            store.save(last, items_of(state, rows), force=ended or stop)
             if ended or (config.train.eval_every and last % config.train.eval_every == 0):
                 with meter.paused():
                     bits = bits_per_byte(job, state.params, text)
                 meter.flush({"evaluation/bits_per_byte": bits})
             elif wait:
                 meter.flush()
-            if caught:
+            if stop:
                 break
         meter.flush()
     trackers.close()
