@@ -18,7 +18,9 @@ class Embedding(nnx.Module):
         self.table = param(rngs.params(), "vocab embed", (vocab, width), jax.nn.initializers.normal(1.0))
 
     def __call__(self, tokens: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t m"]:
-        return shard(self.table[...].astype(dtype)[tokens], "batch time model")
+        # Looked up in whole rows: a table split along m would first give, and in the gradient take, activations split so.
+        table = shard(self.table[...].astype(dtype), "vocab model")
+        return shard(table[tokens], "batch time model")
 
 
 class Unembedding(nnx.Module):

@@ -64,10 +64,23 @@ def test_hlo_size_does_not_grow_with_depth():
     assert sizes[0] == sizes[1] > 100
 
 
-def test_a_layer_sends_two_all_to_alls_each_way_and_gathers_nothing():
-    hlo = compiled(model(), MeshConfig(expert=8))[-1].hlo
+@pytest.mark.parametrize("mesh_config", [MeshConfig(expert=8), MeshConfig(data=2, expert=4)], ids=str)
+def test_a_layer_sends_two_all_to_alls_each_way_and_gathers_nothing(mesh_config):
+    hlo = compiled(model(), mesh_config)[-1].hlo
     assert len(re.findall(r" all-to-all(?:-start)?\(", hlo)) == 4  # 2 in the forward scan's body, 2 in the backward's
     assert not re.search(r" all-gather(?:-start)?\(", hlo)
+
+
+def test_fsdp_gathers_parameters_and_never_falls_back_to_replication(capfd):
+    hlo = compiled(model(), MeshConfig(fsdp=2, expert=4))[-1].hlo
+    assert len(re.findall(r" all-to-all(?:-start)?\(", hlo)) == 4
+    gathered = re.findall(r"= (\S+) all-gather(?:-start)?\(", hlo)
+    assert gathered
+    largest = max(
+        np.prod([int(n) for n in re.search(r"\[([\d,]*)\]", shape).group(1).split(",")]) for shape in gathered
+    )
+    assert largest <= 8 // 4 * 16 * 24, "at most one device's experts or a table, never tokens"
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
