@@ -22,7 +22,7 @@ DRAW = np.random.default_rng(0)
 PROMPTS = [DRAW.integers(0, VOCAB, length).astype(np.int32) for length in (1, 7, 8, 9, 20, 3, 16, 11, 5, 2, 30)]
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=str)
+@pytest.fixture(scope="module", params=[*MESHES[:2], pytest.param(MESHES[2], marks=pytest.mark.slow)], ids=str)
 def engine(request):
     mesh = build_mesh(request.param)
     plan = blueprint(MODEL, VOCAB, mesh)
@@ -95,6 +95,7 @@ def test_a_prompts_text_is_the_same_in_any_batch(engine, options):
     assert len({tuple(text) for text in together}) > 8, "different prompts must lead to different texts"
 
 
+@pytest.mark.slow
 def test_text_is_the_same_on_every_mesh():
     def text(mesh_config):
         mesh = build_mesh(mesh_config)

@@ -83,6 +83,7 @@ def test_fsdp_gathers_parameters_and_never_falls_back_to_replication(capfd):
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh_config",
     [
@@ -143,6 +144,7 @@ def test_layers_repeat_dense_and_moe_blocks():
     assert every_layer["sparse"]["feed_forward"]["experts"]["w_up"].shape == (4, 8, 16, 8)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32():
     import dataclasses
 

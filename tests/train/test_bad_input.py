@@ -9,6 +9,8 @@ from gshardx.checkpoint.store import newest_good_step
 from tests.disks import small_disk
 from tests.train.processes import finish, start, start_training, write_inputs
 
+pytestmark = pytest.mark.slow  # real processes, each with its own start of JAX
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

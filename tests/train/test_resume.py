@@ -12,6 +12,8 @@ import pytest
 from gshardx.checkpoint.store import finished_steps, newest_good_step
 from tests.train.processes import finish, start, start_training, write_inputs
 
+pytestmark = pytest.mark.slow  # real processes, each with its own start of JAX
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -60,7 +62,6 @@ def test_the_kept_checkpoints_are_the_newest(undisturbed):
     assert finished_steps(undisturbed / "checkpoints") == [52, 56, 60]
 
 
-@pytest.mark.slow
 def test_killed_twenty_times_it_ends_bit_for_bit_where_it_would_have(place, undisturbed):
     """SIGKILL at random moments, some of them while a checkpoint is being written."""
     run, draw, during_save, kills = place / "killed", random.Random(1), 0, 0

@@ -28,11 +28,11 @@ def check_group(routing, g, gates, k, capacity, valid, coin):
     return loss
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
-    s=st.sampled_from([1, 5, 16]),
-    e=st.sampled_from([2, 3, 8]),
+    s=st.sampled_from([1, 13]),
+    e=st.sampled_from([3, 8]),
     k=st.integers(1, 3),
     capacity=st.sampled_from([1, 2, 7, 100]),
     kind=st.sampled_from(["random", "ties", "one expert"]),
