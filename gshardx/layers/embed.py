@@ -18,7 +18,7 @@ class Embedding(nnx.Module):
         self.table = param(rngs.params(), "vocab embed", (vocab, width), jax.nn.initializers.normal(1.0))
 
     def __call__(self, tokens: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t m"]:
-        # Looked up in whole rows: a table split along m would first give, and in the gradient take, activations split so.
+        # In whole rows: a table split along m gives activations split along m, and the gradient falls back to replication.
         table = shard(self.table[...].astype(dtype), "vocab model")
         return shard(table[tokens], "batch time model")
 
