@@ -18,7 +18,7 @@ class Embedding(nnx.Module):
         self.table = param(rngs.params(), "vocab embed", (vocab, width), jax.nn.initializers.normal(1.0))
 
     def __call__(self, tokens: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t m"]:
-        # In whole rows: a table split along m gives activations split along m, and the gradient falls back to replication.
+        # In whole rows: split along m, the gradient of this lookup would fall back to replication.
         table = shard(self.table[...].astype(dtype), "vocab model")
         return shard(table[tokens], "batch time model")
 
