@@ -162,7 +162,7 @@ def test_a_section_that_is_not_a_mapping_is_refused_by_name(tmp_path, text):
 
 
 def test_a_config_that_is_not_utf8_is_bad_input(tmp_path):
-    complaint("--config", written(tmp_path / "c.yaml", b"\xff\xfemodel: 3"))
+    assert "c.yaml: byte 0 is not UTF-8" in complaint("--config", written(tmp_path / "c.yaml", b"\xff\xfemodel: 3"))
 
 
 def test_values_that_contradict_each_other_are_refused_wherever_they_come_from(tmp_path):

@@ -161,7 +161,9 @@ def test_following_the_advice_line_after_line_ends_in_a_config_that_works(values
     ids=str,
 )
 def test_a_mend_of_the_mesh_breaks_nothing_else(values):
-    for name, value in mends(complaint(values), None):
+    proposed = mends(complaint(values), None)
+    assert proposed
+    for name, value in proposed:
         build({**values, name: value})
 
 

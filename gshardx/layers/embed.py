@@ -38,7 +38,7 @@ def project(x: Float[Array, "b t m"], w: Float[Array, "m v"]) -> Float[Array, "b
     """``x w`` in fp32.
 
     The gradient is written out so that the large ``[b, t, v]`` factor of w's is read in the order it has in memory;
-    autodiff puts it first, and XLA's CPU compiler then transposes it (an eighth of the quickstart's step, jax 0.10).
+    autodiff puts it first, and XLA's CPU compiler then transposes it (jax 0.10).
     """
     return jnp.einsum("btm,mv->btv", x, w, preferred_element_type=jnp.float32)
 

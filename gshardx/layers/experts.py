@@ -76,8 +76,7 @@ def expert_mlp(
 
     The gradient is written out for two reasons. It keeps only x and the pre-activations, and makes the hidden units
     again. And it makes the gradients of the pre-activations once: left alone, XLA's CPU compiler computed them a second
-    time, element by element in transposed order, inside each weight gradient (a quarter of the train step of
-    benchmarks/train_cpu.py, jax 0.10).
+    time, element by element in transposed order, inside each weight gradient (jax 0.10).
     """
     return _forward(activation, x, w_in, w_out)[0]
 

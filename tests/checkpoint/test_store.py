@@ -218,18 +218,16 @@ def save_and_wait(store, items):
     store.wait()
 
 
-def test_a_disk_that_fills_during_a_save_is_said_too(tiny_disk: Path, monkeypatch):
-    monkeypatch.setattr("gshardx.checkpoint.store._bytes_to_write", lambda items: 0)
-    test_a_full_disk_is_said_in_one_line_and_loses_nothing(tiny_disk)
-
-
 @pytest.fixture
 def tiny_disk(tmp_path):
     with small_disk(tmp_path / "disk", "400k") as disk:
         yield disk
 
 
-def test_a_full_disk_is_said_in_one_line_and_loses_nothing(tiny_disk: Path):
+@pytest.mark.parametrize("noticed", ["before the save", "during it"])
+def test_a_full_disk_is_said_in_one_line_and_loses_nothing(tiny_disk: Path, monkeypatch, noticed):
+    if noticed == "during it":
+        monkeypatch.setattr("gshardx.checkpoint.store._bytes_to_write", lambda items: 0)
     folder = saved(tiny_disk / "checkpoints", steps=(2,))
     store = CheckpointStore(folder, every=1, keep=3)
     items = tree()

@@ -49,8 +49,8 @@ def test_on_one_device_nothing_is_split_and_nothing_need_divide():
 
 
 def test_two_names_may_share_an_axis_of_one_device():
-    partition_spec(("group", "expert"), (3, 3), ONE)
-    partition_spec(("group", "embed"), (4, 3), CUBE)
+    assert partition_spec(("group", "expert"), (3, 3), ONE) == PartitionSpec(None, None)
+    assert partition_spec(("group", "embed"), (4, 3), CUBE)[1] is None
 
 
 def test_axes_that_a_mesh_lacks_are_left_out():
