@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import jsonargparse
 import yaml
@@ -129,7 +129,7 @@ def _check_file(path: Path) -> None:
 
 
 def _check_keys(path: Path, tree: dict[Any, Any], prefix: str) -> None:
-    keys = [key for key, _ in flatten(dataclasses.asdict(Config()))]
+    keys = _keys(Config)
     for name, value in tree.items():
         key = f"{prefix}{name}"
         section = any(known.startswith(f"{key}.") for known in keys)
@@ -142,8 +142,19 @@ def _check_keys(path: Path, tree: dict[Any, Any], prefix: str) -> None:
 
 
 def _unknown(key: str) -> str:
-    keys = [known for known, _ in flatten(dataclasses.asdict(Config()))]
-    return f"unknown key {key}; did you mean {difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]}?"
+    return f"unknown key {key}; did you mean {difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.0)[0]}?"
+
+
+def _keys(section: Any, prefix: str = "") -> list[str]:
+    """Every key of a config, dotted; a mapping of free names is one key."""
+    types = get_type_hints(section)
+    return [
+        key
+        for name in types
+        for key in (
+            _keys(types[name], f"{prefix}{name}.") if dataclasses.is_dataclass(types[name]) else [f"{prefix}{name}"]
+        )
+    ]
 
 
 def _parser(prog: str, description: str) -> jsonargparse.ArgumentParser:

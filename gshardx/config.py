@@ -5,8 +5,9 @@ what ran. Values that contradict each other raise BadInput, naming both and a va
 """
 
 import dataclasses
+import difflib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig
@@ -31,6 +32,9 @@ def _divisor(of: int, at_most: int) -> int:
     return next(n for n in range(min(of, max(at_most, 1)), 0, -1) if of % n == 0)
 
 
+LOSSES = ("balance", "z", "first_choice", "all_choices", "batch", "device", "communication", "importance")
+
+
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """The Mixture-of-Experts layers."""
@@ -41,22 +45,41 @@ class MoEConfig:
     """Experts that each token chooses."""
     every: int = 2
     """Every how many blocks one is an MoE block: 1 all of them, 2 every other, as in GShard."""
-    capacity_factor: float = 1.25
-    """Room of an expert in training, as a multiple of an even share of the choices."""
+    router: Literal["gshard", "switch", "top_k", "sigmoid_bias"] = "gshard"
+    """How tokens choose (docs/routers)."""
+    router_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of that router, for example {second_expert: random} (docs/routers)."""
+    capacity_factor: float | None = 1.25
+    """Room of an expert in training, as a multiple of an even share of the choices; null: room for all (dropless)."""
     hidden: int = 256
     """Hidden units of an expert."""
     group_size: int | None = None
     """Tokens that compete for slots; default: one sequence."""
-    second_expert: Literal["all", "random"] = "all"
-    """all: keep every choice that finds room; random: keep second choices with probability 2 * gate (GShard)."""
-    dispatcher: Literal["gather", "einsum"] = "gather"
-    """gather: by index; einsum: GShard's one-hot form."""
-    aux_loss_weight: float = 0.01
-    """Weight of the auxiliary loss, which is 1.0 a layer at perfect balance."""
+    biases: bool = False
+    """Add biases to the experts' matrix products."""
+    shared_hidden: int = 0
+    """Hidden units of a dense network beside the routed experts; 0: none."""
+    shared: Literal["plain", "gated", "residual"] = "plain"
+    """plain: added (DeepSeek); gated: times a sigmoid (Qwen); residual: both weighed by a softmax (PR-MoE)."""
+    dispatcher: Literal["auto", "gather", "einsum", "ragged"] = "auto"
+    """gather: by index; einsum: GShard's one-hot form; ragged: sorted rows, dropless; auto says what it chose."""
+    wire: Literal["same", "bfloat16"] = "same"
+    """Type in which tokens travel between devices."""
+    losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"balance": 0.01})
+    """Weights of auxiliary losses: balance (the router's own; 1.0 a layer at balance), first_choice, all_choices,
+    batch, device, communication, importance, z."""
+    adaptive_balance: bool = False
+    """Let each layer's weight of "balance" follow its drop rate (Skywork-MoE), starting from the one in losses."""
 
     def __post_init__(self) -> None:
         _positive("model.moe", self, "num_experts", "top_k", "every", "capacity_factor", "hidden", "group_size")
-        _at_least_zero("model.moe", self, "aux_loss_weight")
+        _at_least_zero("model.moe", self, "shared_hidden")
+        for name, weight in self.losses.items():
+            if name not in LOSSES:
+                nearest = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.0)[0]
+                raise BadInput(f"model.moe.losses.{name}: no such loss; did you mean {nearest}?")
+            if not 0 <= weight < math.inf:
+                raise BadInput(f"model.moe.losses.{name} = {weight}: must be 0 or more, and finite")
         if self.top_k > self.num_experts:
             raise BadInput(
                 f"model.moe.top_k = {self.top_k} is more than model.moe.num_experts = {self.num_experts}; "
@@ -80,12 +103,14 @@ class ModelConfig:
     """Width of a head; even."""
     hidden: int = 512
     """Hidden units of the dense blocks."""
-    activation: Literal["swiglu", "relu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "clamped_swiglu", "relu", "gelu"] = "swiglu"
     """Non-linearity of dense blocks and experts."""
     rope_base: float = 10_000.0
     """Base of the rotary positions."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in; parameters, routers and losses are float32."""
+    remat: Literal["none", "full", "keep_all_to_all"] = "none"
+    """What the backward pass makes again to save memory; keep_all_to_all: everything but what came over the network."""
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
@@ -170,12 +195,14 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
     """Steps between evaluations on held-out text; 0: only at the end."""
+    trace_every: int = 0
+    """Steps between routing traces in RUN_DIR/routing (each token's experts, by layer); 0: none."""
     sample_tokens: int = 150
     """Length of the text generated at the end; 0: none."""
 
     def __post_init__(self) -> None:
         _positive("train", self, "steps", "batch_size", "log_every")
-        _at_least_zero("train", self, "eval_every", "sample_tokens")
+        _at_least_zero("train", self, "eval_every", "trace_every", "sample_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +266,7 @@ def check_model_on_mesh(model: ModelConfig, mesh: MeshConfig, batch_size: int = 
         ("model.kv_heads", model.kv_heads, "tensor"),
         ("model.hidden", model.hidden, "tensor"),
         ("model.moe.hidden", model.moe.hidden, "tensor"),
+        ("model.moe.shared_hidden", model.moe.shared_hidden, "tensor"),
     ]
     for name, value, axis in split:
         parts = mesh.shape[axis]

@@ -13,7 +13,10 @@ from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig
 
 DEFAULTS = dict(flatten(dataclasses.asdict(Config())))
-NUMBERS = [key for key, value in DEFAULTS.items() if isinstance(value, int | float)] + ["model.moe.group_size"]
+FREE = {"model.moe.router_options": {}, "model.moe.losses": {"balance": 0.01}}
+"""Keys that hold names and values of the user's choice."""
+DEFAULTS = {key: value for key, value in DEFAULTS.items() if not key.startswith(tuple(FREE))} | FREE
+NUMBERS = [key for key, value in DEFAULTS.items() if type(value) in (int, float)] + ["model.moe.group_size"]
 FLOATS = [key for key, value in DEFAULTS.items() if isinstance(value, float)]
 
 
@@ -215,7 +218,9 @@ def test_configs_cannot_be_changed_after_their_check():
             ),
             "data.column": st.text(st.characters(codec="ascii", categories=["L", "P"]), min_size=1),
             "model.moe.group_size": st.sampled_from([None, 64, 512]),
-            "model.moe.second_expert": st.sampled_from(["all", "random"]),
+            "model.moe.router_options": st.sampled_from([{}, {"second_expert": "random"}, {"threshold": 0.25}]),
+            "model.moe.losses": st.sampled_from([{}, {"balance": 0.5}, {"z": 1e-3, "balance": 0.01}]),
+            "model.moe.capacity_factor": st.sampled_from([None, 1.0]),
             "mesh.expert": st.sampled_from([1, 2, 8]),
             "optimizer.learning_rate": st.floats(1e-12, 1e3),
             "optimizer.epsilon": st.floats(min_value=5e-324, max_value=1.0),

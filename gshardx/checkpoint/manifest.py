@@ -61,8 +61,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest(content["files"], {k: (v[0], v[1]) for k, v in content["arrays"].items()}, content["extra"])
 
 
-def damage(folder: Path, manifest: Manifest, below: str = "") -> str | None:
-    """The first file of ``manifest`` whose path starts with ``below`` that is not as it was, or None if all are.
+def damage(folder: Path, manifest: Manifest, below: str | tuple[str, ...] = "") -> str | None:
+    """The first file of ``manifest`` whose path starts with ``below`` (one of them) that is not as it was, or None if
+    all are.
 
     Returns:
         For example ``"params/final_norm.scale is damaged (c/0: 12 of 512 bytes)"``.

@@ -113,12 +113,12 @@ class CheckpointStore:
         )
 
 
-def newest_good_step(folder: Path, item: str = "", report: Callable[[str], None] = print) -> int | None:
+def newest_good_step(folder: Path, items: tuple[str, ...] = (), report: Callable[[str], None] = print) -> int | None:
     """The newest step below ``folder`` whose files all have their checksums; ``report`` gets a line for each bad one.
 
     Args:
         folder: RUN_DIR/checkpoints.
-        item: look at this item's files only.
+        items: look at these items' files only.
         report: where lines go.
     """
     for step in reversed(_step_folders(folder)):
@@ -131,7 +131,7 @@ def newest_good_step(folder: Path, item: str = "", report: Callable[[str], None]
             )
             report(f"checkpoint {folder / str(step)}: {state}; trying an older one")
             continue
-        bad = damage(folder / str(step), manifest, f"{item}/" if item else "")
+        bad = damage(folder / str(step), manifest, tuple(f"{item}/" for item in items) or "")
         if bad is None:
             return step
         report(f"checkpoint {folder / str(step)}: {bad}; trying an older one")

@@ -58,12 +58,17 @@ class Tokenizer:
         return str(self.inner.decode(list(ids), skip_special_tokens=True))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text piece by piece as ids arrive; a piece ends only at a whole character."""
-        stream = decoders.DecodeStream(skip_special_tokens=True)
+        """:meth:`decode` piece by piece as ids arrive; a piece ends only at a whole character, but for the last."""
+        stream, seen, given = decoders.DecodeStream(skip_special_tokens=True), [], 0
         for token in ids:
-            piece = stream.step(self.inner, int(token))
+            seen.append(int(token))
+            piece = stream.step(self.inner, seen[-1])
             if piece:
+                given += len(piece)
                 yield piece
+        rest = self.decode(seen)[given:]
+        if rest:
+            yield rest
 
     def save(self, path: Path) -> None:
         path.write_text(self.text, encoding="utf-8")

@@ -50,7 +50,7 @@ def generate(arguments: argparse.Namespace) -> int:
     run = load_run(arguments.run, mesh)
     generator = Generator(
         run.blueprint,
-        run.params,
+        run.variables,
         run.mesh,
         # From the flags alone, so that a long prompt changes nothing for its neighbours.
         length=arguments.max_length or run.config.data.sequence_length + arguments.max_new_tokens,

@@ -14,18 +14,19 @@ from gshardx.cli import read_config
 from gshardx.config import Config, check_model_on_mesh
 from gshardx.data.tokenizer import Tokenizer, load_tokenizer
 from gshardx.errors import BadInput
-from gshardx.models.build import Blueprint, Params, blueprint
+from gshardx.models.build import Blueprint, Variables, blueprint
+from gshardx.models.items import ITEMS, items_of, variables_of
 from gshardx.sharding import MeshConfig, build_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """params lie on ``mesh``; step is the checkpoint's."""
+    """variables lie on ``mesh``; step is the checkpoint's."""
 
     config: Config
     tokenizer: Tokenizer
     blueprint: Blueprint
-    params: Params
+    variables: Variables
     mesh: Mesh
     step: int
 
@@ -40,7 +41,7 @@ def load_run(path: Path, mesh_config: MeshConfig) -> LoadedRun:
         raise BadInput(f"--run {path}: no config.yaml there; give a directory that gshardx.train has written")
     config = read_config(path / "config.yaml")
     check_model_on_mesh(config.model, mesh_config)
-    step = newest_good_step(path / "checkpoints", "params", report=lambda line: print(line, file=sys.stderr))
+    step = newest_good_step(path / "checkpoints", ITEMS, report=lambda line: print(line, file=sys.stderr))
     if step is None:
         raise BadInput(f"--run {path}: no good checkpoint in {path / 'checkpoints'}; train it first")
     tokenizer = load_tokenizer(path / "tokenizer.json")
@@ -50,5 +51,6 @@ def load_run(path: Path, mesh_config: MeshConfig) -> LoadedRun:
         raise BadInput(f"{path / 'tokenizer.json'}: not the tokenizer that step {step} was trained with; restore it")
     mesh = build_mesh(mesh_config)
     plan = blueprint(config.model, tokenizer.vocab_size, mesh)
-    params = load(path / "checkpoints", step, {"params": plan.params})["params"]
-    return LoadedRun(config, tokenizer, plan, jax.block_until_ready(params), mesh, step)
+    loaded = load(path / "checkpoints", step, items_of(plan.variables))
+    variables = jax.block_until_ready(variables_of(loaded, plan.variables))
+    return LoadedRun(config, tokenizer, plan, variables, mesh, step)

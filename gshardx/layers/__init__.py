@@ -2,16 +2,30 @@
 
 from gshardx.layers.attention import Attention
 from gshardx.layers.block import Block, Stack, Unit
-from gshardx.layers.dispatch import Dispatcher, Einsum, Gather
+from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Ragged, choose_dispatcher
 from gshardx.layers.embed import Embedding, Unembedding
 from gshardx.layers.experts import Experts, FeedForward
 from gshardx.layers.memory import KVCache, Memory, Packed
-from gshardx.layers.moe import MoE, MoEMetrics, expert_capacity
+from gshardx.layers.moe import MoE, MoEMetrics
 from gshardx.layers.norm import RMSNorm
-from gshardx.layers.routing import GShardRouter, Router, RouterStats, Routing
+from gshardx.layers.param import param_shardings
+from gshardx.layers.routing import (
+    Capacity,
+    GShardRouter,
+    Losses,
+    Router,
+    RouterState,
+    RouterStats,
+    Routing,
+    SigmoidBiasRouter,
+    SwitchRouter,
+    TopKRouter,
+)
+from gshardx.layers.shared import GatedShared, Residual, Shared
 
 __all__ = [
-    "Attention", "Block", "Dispatcher", "Einsum", "Embedding", "Experts", "FeedForward", "GShardRouter", "Gather",
-    "KVCache", "Memory", "MoE", "MoEMetrics", "Packed", "RMSNorm", "Router", "RouterStats", "Routing", "Stack",
-    "Unembedding", "Unit", "expert_capacity",
+    "Attention", "Auto", "Block", "Capacity", "Dispatcher", "Einsum", "Embedding", "Experts", "FeedForward",
+    "GShardRouter", "GatedShared", "Gather", "KVCache", "Losses", "Memory", "MoE", "MoEMetrics", "Packed", "RMSNorm",
+    "Ragged", "Residual", "Router", "RouterState", "RouterStats", "Routing", "Shared", "SigmoidBiasRouter", "Stack",
+    "SwitchRouter", "TopKRouter", "Unembedding", "Unit", "choose_dispatcher", "param_shardings",
 ]  # fmt: skip

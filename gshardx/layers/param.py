@@ -1,11 +1,15 @@
 """Parameters that know their logical axes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
+
+from gshardx.sharding import partition_spec
 
 Initializer = Callable[..., Array]
 
@@ -15,6 +19,21 @@ def param(key: Array, axes: str, shape: tuple[int, ...], init: Initializer) -> n
     names = tuple(axes.split())
     assert len(names) == len(shape), f"{axes} does not name {shape}"
     return nnx.Param(init(key, shape, jnp.float32), axes=names)
+
+
+def param_shardings(params: nnx.State[Any, Any], mesh: Mesh) -> nnx.State[Any, Any]:
+    """Where each parameter lives on ``mesh``, by its logical axes: for ``jax.device_put`` and ``out_shardings``.
+
+    Raises:
+        BadInput: a parameter does not divide over the mesh.
+    """
+
+    def place(path: tuple[Any, ...], variable: nnx.Param[Array]) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return NamedSharding(mesh, partition_spec(variable.get_metadata()["axes"], variable.shape, mesh, tensor=name))
+
+    placed: nnx.State[Any, Any] = jax.tree.map_with_path(place, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return placed
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Initializer:

@@ -1,19 +1,28 @@
 """From a config to parameters on a mesh: shapes first, values straight into their shards."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from gshardx.config import ModelConfig
+from gshardx.layers import RouterState
 from gshardx.models.decoder import Decoder
 from gshardx.sharding import abstract_array
 
 Params = dict[str, Any]
 """Nested dicts of arrays: the module tree without its modules."""
+
+
+class Variables(NamedTuple):
+    """All that inference reads."""
+
+    params: Params
+    router: RouterState
+    """Of all MoE layers, stacked; ``()`` for routers that carry nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +33,20 @@ class Blueprint:
         graph: joins with params to a module: ``nnx.merge(graph, params)``.
         params: shapes, dtypes and shardings.
         axes: logical axis names, one tuple a parameter.
+        router: shapes, dtypes and shardings of the routers' state, which every device holds whole.
     """
 
     graph: nnx.GraphDef[Decoder]
     params: Params
     axes: Params
+    router: RouterState
     config: ModelConfig
     vocab: int
+
+    @property
+    def variables(self) -> Variables:
+        """Abstract."""
+        return Variables(self.params, self.router)
 
     def init(self, key: Array) -> Params:
         """Draw initial values, each device its own shards; the same values on every mesh."""
@@ -41,6 +57,11 @@ class Blueprint:
 
         return jax.jit(build, out_shardings=shardings)(key)
 
+    def init_router(self) -> RouterState:
+        """The routers' state before the first step."""
+        shardings = jax.tree.map(lambda a: a.sharding, self.router)
+        return jax.device_put(self.bind(self.params).stack.initial_state(), shardings)
+
     def bind(self, params: Params) -> Decoder:
         """The module with ``params`` in place; usable inside jit."""
         return nnx.merge(self.graph, params)
@@ -50,7 +71,7 @@ def blueprint(config: ModelConfig, vocab: int, mesh: Mesh) -> Blueprint:
     """Work out every parameter's shape and place on ``mesh`` without allocating any.
 
     Raises:
-        BadInput: a parameter does not divide over the mesh.
+        BadInput: a parameter does not divide over the mesh, or the router has no such option.
     """
     module = nnx.eval_shape(lambda: Decoder(config, vocab, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(module, nnx.Param)
@@ -62,7 +83,12 @@ def blueprint(config: ModelConfig, vocab: int, mesh: Mesh) -> Blueprint:
         value = variable.get_value()
         placed.append((path, abstract_array(value.shape, value.dtype, names, mesh, tensor=name)))
         axes.append((path, names))
-    return Blueprint(graph, _unflatten(placed), _unflatten(axes), config, vocab)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    router = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+        jax.eval_shape(module.stack.initial_state),
+    )
+    return Blueprint(graph, _unflatten(placed), _unflatten(axes), router, config, vocab)
 
 
 def _unflatten(flat: list[tuple[tuple[Any, ...], Any]]) -> Params:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gshardx.layers import KVCache
-from gshardx.models.build import Blueprint, Params
+from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import abstract_array
 
 
@@ -62,19 +62,19 @@ def abstract_state(blueprint: Blueprint, rows: int, length: int, mesh: Mesh) -> 
 
 
 def extend(
-    blueprint: Blueprint, params: Params, state: DecodeState, tokens: Int[Array, "b n"], count: Int[Array, "b"]
+    blueprint: Blueprint, variables: Variables, state: DecodeState, tokens: Int[Array, "b n"], count: Int[Array, "b"]
 ) -> DecodeState:
     """Append to each row the first ``count`` of its ``tokens``; a row with count 0 stays as it is.
 
     Serves prefill (n tokens a call) and decode (n = 1) alike.
     """
-    model = blueprint.bind(params)
+    model = blueprint.bind(variables.params)
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     valid = offsets < count[:, None]
     capacity = state.k.shape[2]
     positions = state.length[:, None] + offsets
     memory = KVCache(state.k, state.v, jnp.where(valid, positions, capacity))
-    hidden, extended, _ = model.hidden(tokens, positions, valid, memory, None)
+    hidden, extended, _ = model.hidden(tokens, positions, valid, memory, None, variables.router)
     cache = cast(KVCache, extended)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     logits = jnp.where(count[:, None] > 0, model.logits(last)[:, 0], state.logits)
@@ -106,8 +106,8 @@ def sample(logits: Float[Array, "b v"], how: Sampling, position: Int[Array, "b"]
 
 
 def decode_step(
-    blueprint: Blueprint, params: Params, state: DecodeState, how: Sampling, active: Bool[Array, "b"]
+    blueprint: Blueprint, variables: Variables, state: DecodeState, how: Sampling, active: Bool[Array, "b"]
 ) -> tuple[DecodeState, Int[Array, "b"]]:
     """Draw a token for each active row from its logits and append it."""
     tokens = sample(state.logits, how, state.length)
-    return extend(blueprint, params, state, tokens[:, None], active.astype(jnp.int32)), tokens
+    return extend(blueprint, variables, state, tokens[:, None], active.astype(jnp.int32)), tokens

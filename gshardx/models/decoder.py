@@ -10,23 +10,17 @@ from gshardx.config import ModelConfig
 from gshardx.layers import (
     Attention,
     Block,
-    Dispatcher,
-    Einsum,
     Embedding,
-    Experts,
     FeedForward,
-    Gather,
-    GShardRouter,
     Memory,
-    MoE,
     MoEMetrics,
     RMSNorm,
+    RouterState,
     Stack,
     Unembedding,
     Unit,
 )
-
-DISPATCHERS: dict[str, type[Dispatcher]] = {"gather": Gather, "einsum": Einsum}
+from gshardx.models.moe import build_moe
 
 
 class Decoder(nnx.Module):
@@ -40,7 +34,8 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, vocab: int, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embedding = Embedding(vocab, config.width, rngs=rngs)
-        self.stack = Stack(lambda rngs: _unit(config, rngs), config.layers // config.moe.every, rngs=rngs)
+        units = config.layers // config.moe.every
+        self.stack = Stack(lambda rngs: _unit(config, rngs), units, config.remat, rngs=rngs)
         self.final_norm = RMSNorm(config.width, rngs=rngs)
         self.unembedding = Unembedding(vocab, config.width, rngs=rngs)
 
@@ -51,6 +46,7 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "b t"],
         memory: Memory,
         rng: Array | None,
+        state: RouterState,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics]:
         """Final hidden states, the extended memory, and metrics with a leading axis over MoE layers.
 
@@ -60,9 +56,10 @@ class Decoder(nnx.Module):
             valid: False for padding.
             memory: what attention sees: ``Packed`` in training, ``KVCache`` in inference.
             rng: for routers that draw; None at inference, where no token is dropped.
+            state: the routers', stacked; ``self.stack.initial_state()`` at first.
         """
         x = self.embedding(tokens, jnp.dtype(self.config.dtype))
-        x, memory, metrics = self.stack(x, positions, valid, memory, rng)
+        x, memory, metrics = self.stack(x, positions, valid, memory, rng, state)
         return self.final_norm(x), memory, metrics
 
     def logits(self, hidden: Float[Array, "b t m"]) -> Float[Array, "b t v"]:
@@ -89,14 +86,5 @@ def _unit(config: ModelConfig, rngs: nnx.Rngs) -> Unit:
         ffn = FeedForward(config.width, config.hidden, config.activation, output_scale=scale, rngs=rngs)
         return Block(config.width, attention(), ffn, rngs=rngs)
 
-    moe = config.moe
-    sparse = MoE(
-        GShardRouter(config.width, moe.num_experts, moe.top_k, moe.second_expert, rngs=rngs),
-        DISPATCHERS[moe.dispatcher](),
-        Experts(moe.num_experts, config.width, moe.hidden, config.activation, output_scale=scale, rngs=rngs),
-        num_experts=moe.num_experts,
-        top_k=moe.top_k,
-        capacity_factor=moe.capacity_factor,
-        group_size=moe.group_size,
-    )
-    return Unit([dense() for _ in range(moe.every - 1)], Block(config.width, attention(), sparse, rngs=rngs))
+    sparse = build_moe(config, scale, rngs)
+    return Unit([dense() for _ in range(config.moe.every - 1)], Block(config.width, attention(), sparse, rngs=rngs))

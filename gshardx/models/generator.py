@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gshardx.errors import BadInput
-from gshardx.models.build import Blueprint, Params
+from gshardx.models.build import Blueprint, Variables
 from gshardx.models.decode import DecodeState, Sampling, abstract_state, decode_step, extend
 from gshardx.sharding import CompiledStep, abstract_array, one_program_at_a_time
 
@@ -35,7 +35,7 @@ class Generator:
 
     Args:
         blueprint: the model.
-        params: its values, on ``mesh``.
+        variables: its values, on ``mesh``.
         mesh: where to run.
         length: longest prompt and continuation together, tokens.
         rows: sequences in a batch; a multiple of the mesh's batch shards.
@@ -43,10 +43,10 @@ class Generator:
     """
 
     def __init__(
-        self, blueprint: Blueprint, params: Params, mesh: Mesh, *, length: int, rows: int, chunk: int = 64
+        self, blueprint: Blueprint, variables: Variables, mesh: Mesh, *, length: int, rows: int, chunk: int = 64
     ) -> None:
         self.length, self.rows, self.chunk = length, rows, min(chunk, length)
-        self._params = params
+        self._variables = variables
         self._abstract = abstract_state(blueprint, rows, length, mesh)
         self._wait = one_program_at_a_time(mesh)
 
@@ -56,26 +56,26 @@ class Generator:
         tokens = abstract_array((rows, self.chunk), jnp.int32, ["batch", "time"], mesh, tensor="rows")
         self._by_row, self._by_row_token = per_row("int32").sharding, tokens.sharding
 
-        def prefill(params: Params, state: DecodeState, tokens: jax.Array, count: jax.Array) -> DecodeState:
-            return extend(blueprint, params, state, tokens, count)
+        def prefill(variables: Variables, state: DecodeState, tokens: jax.Array, count: jax.Array) -> DecodeState:
+            return extend(blueprint, variables, state, tokens, count)
 
         def decode(
-            params: Params, state: DecodeState, how: Sampling, active: jax.Array
+            variables: Variables, state: DecodeState, how: Sampling, active: jax.Array
         ) -> tuple[DecodeState, jax.Array]:
-            return decode_step(blueprint, params, state, how, active)
+            return decode_step(blueprint, variables, state, how, active)
 
         shardings = jax.tree.map(lambda a: a.sharding, self._abstract)
         how = Sampling(per_row("float32"), per_row("int32"), per_row("float32"), per_row("uint32"))
         self.prefill = CompiledStep(
             prefill,
-            (blueprint.params, self._abstract, tokens, per_row("int32")),
+            (blueprint.variables, self._abstract, tokens, per_row("int32")),
             mesh,
             donate=(1,),
             out_shardings=shardings,
         )
         self.decode = CompiledStep(
             decode,
-            (blueprint.params, self._abstract, how, per_row("bool")),
+            (blueprint.variables, self._abstract, how, per_row("bool")),
             mesh,
             donate=(1,),
             out_shardings=(shardings, self._by_row),
@@ -114,7 +114,7 @@ class Generator:
         for _ in range(max_new_tokens):
             if not active.any():
                 return
-            state, drawn = self.decode(self._params, state, how, self._put(active))
+            state, drawn = self.decode(self._variables, state, how, self._put(active))
             tokens = np.asarray(drawn)
             for row in np.flatnonzero(active):
                 if tokens[row] == end:
@@ -133,7 +133,7 @@ class Generator:
                 piece = prompt[start : start + self.chunk]
                 tokens[row, : len(piece)] = piece
                 count[row] = len(piece)
-            state = self.prefill(self._params, state, jax.device_put(tokens, self._by_row_token), self._put(count))
+            state = self.prefill(self._variables, state, jax.device_put(tokens, self._by_row_token), self._put(count))
             self._settle(state)
         return state
 

@@ -1,6 +1,6 @@
 """Where tensors live. Knows nothing of models."""
 
-from gshardx.sharding.annotate import replicate, reshard, shard, split
+from gshardx.sharding.annotate import axis_size, manual, replicate, reshard, shard, split
 from gshardx.sharding.axes import RULES, Rules, abstract_array, partition_spec
 from gshardx.sharding.compile import CompiledStep
 from gshardx.sharding.mesh import MeshConfig, build_mesh, one_program_at_a_time, simulate_devices
@@ -11,7 +11,9 @@ __all__ = [
     "MeshConfig",
     "Rules",
     "abstract_array",
+    "axis_size",
     "build_mesh",
+    "manual",
     "one_program_at_a_time",
     "partition_spec",
     "replicate",

@@ -4,12 +4,15 @@ Each is a hint to XLA's SPMD partitioner at the mesh set by ``jax.set_mesh``; wi
 annotated layers run unchanged on one device. Names follow GShard (arXiv 2006.16668 section 3.1).
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from gshardx.errors import BadInput
-from gshardx.sharding.axes import RULES, Rules, partition_spec
+from gshardx.sharding.axes import RULES, Rules, partition_spec, unchecked_spec
 
 
 def replicate(x: Array) -> Array:
@@ -58,6 +61,30 @@ def reshard(x: Array, from_: str, to: str, rules: Rules = RULES) -> Array:
     expert-split is an all-to-all in both directions and nothing else.
     """
     return shard(shard(x, from_, rules), to, rules)
+
+
+def manual(
+    function: Callable[..., Any], in_axes: Sequence[str], out_axes: str, rules: Rules = RULES
+) -> Callable[..., Any]:
+    """Run ``function`` on each device with its own shards: GShard's auto-to-manual partition (arXiv 2006.16668 section
+    3.2), over ``jax.shard_map``. Without a mesh, ``function`` itself.
+
+    Args:
+        function: sees local shapes; collectives inside name mesh axes.
+        in_axes: logical names of each argument's leading dimensions; an argument may be a pytree whose leaves share
+        them. out_axes: of the result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    ins = tuple(unchecked_spec(axes.split(), mesh, rules) for axes in in_axes)
+    return jax.shard_map(function, in_specs=ins, out_specs=unchecked_spec(out_axes.split(), mesh, rules))
+
+
+def axis_size(axis: str) -> int:
+    """Devices along a mesh axis of the context; 1 without a mesh or without that axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(mesh.shape.get(axis, 1))
 
 
 def _constrain(x: Array, spec: PartitionSpec) -> Array:

@@ -21,6 +21,7 @@ RULES: Rules = {
     "token": (),
     "expert_group": ("data", "fsdp"),  # groups of a tensor whose expert axis is split
     "slot": (),
+    "choice": (),
     "experts_here": (),  # all experts, on the device whose groups chose them
     # parameters, and the activations that share their axes
     "layer": (),
@@ -60,7 +61,7 @@ def partition_spec(
         if name not in rules:
             nearest = difflib.get_close_matches(name, rules, n=1, cutoff=0.0)[0]
             raise BadInput(f"{where}: no rule for axis {name!r}; did you mean {nearest!r}?")
-        axes = tuple(axis for axis in rules[name] if mesh.shape.get(axis, 1) > 1)
+        axes = _mesh_axes(name, mesh, rules)
         for axis in axes:
             if axis in taken:
                 raise BadInput(
@@ -77,6 +78,15 @@ def partition_spec(
             )
         spec.append(axes or None)
     return PartitionSpec(*spec)
+
+
+def unchecked_spec(names: Sequence[str], mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> PartitionSpec:
+    """The PartitionSpec of leading dimensions named ``names``, for arrays whose shape was checked before."""
+    return PartitionSpec(*(_mesh_axes(name, mesh, rules) or None for name in names))
+
+
+def _mesh_axes(name: str, mesh: Mesh | AbstractMesh, rules: Rules) -> tuple[str, ...]:
+    return tuple(axis for axis in rules[name] if mesh.shape.get(axis, 1) > 1)
 
 
 def abstract_array(

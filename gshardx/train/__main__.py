@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from gshardx.cli import parse_config, run_command
+from gshardx.models.moe import check_router_options
 from gshardx.sharding import simulate_devices
 from gshardx.train.run_dir import RunDir
 
@@ -15,6 +16,7 @@ Ctrl-C or SIGTERM."""
 
 def main(argv: list[str]) -> int:
     config, file = parse_config(PROG, DESCRIPTION, argv)
+    check_router_options(config.model.moe)
     simulate_devices(config.mesh.size)
     from gshardx.train.loop import train  # after the devices are settled
 

@@ -4,7 +4,7 @@ import lzma
 import math
 
 from gshardx.data.pipeline import evaluation_rows
-from gshardx.models.build import Params
+from gshardx.models.build import Variables
 from gshardx.train.job import Job
 from gshardx.train.text import Text
 
@@ -12,14 +12,14 @@ XZ_AT_MOST = 8_000_000
 """Bytes of text up to which the xz comparison takes seconds."""
 
 
-def bits_per_byte(job: Job, params: Params, text: Text) -> float:
+def bits_per_byte(job: Job, variables: Variables, text: Text) -> float:
     """Bits that the model spends on every token of the held-out documents, end tokens included, per byte of them.
 
     Each token is predicted once, from the half to whole sequence before it (see :func:`evaluation_rows`).
     """
     nats = 0.0
     for rows in evaluation_rows(text.held_out, job.config.data.sequence_length, job.config.train.batch_size):
-        nats += float(job.eval_step(params, job.to_device(rows)))
+        nats += float(job.eval_step(variables, job.to_device(rows)))
     return nats / math.log(2) / text.held_out_bytes
 
 

@@ -27,10 +27,11 @@ def forward_flops_per_token(config: ModelConfig, vocab: int, sequence_length: in
     Matrix products only, 2 FLOPs a multiply-add; attention counts the causal half of the scores.
     """
     m, d, moe = config.width, config.head_dim, config.moe
-    matrices = 3 if config.activation == "swiglu" else 2
+    matrices = 3 if config.activation.endswith("glu") else 2
     attention = 2 * m * d * (2 * config.heads + 2 * config.kv_heads) + 2 * config.heads * d * sequence_length
     sparse_layers = config.layers // moe.every
     dense = 2 * matrices * m * config.hidden * (config.layers - sparse_layers)
+    dense += 2 * matrices * m * moe.shared_hidden * sparse_layers
     router = 2 * m * moe.num_experts * sparse_layers
     experts = 2 * matrices * m * moe.hidden * moe.top_k * sparse_layers
     return attention * config.layers + dense + router + 2 * m * vocab, experts

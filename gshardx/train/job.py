@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from gshardx.config import Config
-from gshardx.models.build import Blueprint, Params, blueprint
+from gshardx.models.build import Blueprint, Variables, blueprint
 from gshardx.sharding import CompiledStep, build_mesh
 from gshardx.train.optimizer import build_optimizer
 from gshardx.train.state import TrainState, abstract_state
@@ -45,10 +45,12 @@ class Job:
 
     @cached_property
     def train_step(self) -> CompiledStep[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-        return compile_train_step(self.blueprint, self.optimizer, self.state, self.batch, self.mesh)
+        return compile_train_step(
+            self.blueprint, self.optimizer, self.state, self.batch, self.mesh, trace=self.config.train.trace_every > 0
+        )
 
     @cached_property
-    def eval_step(self) -> CompiledStep[[Params, Batch], Array]:
+    def eval_step(self) -> CompiledStep[[Variables, Batch], Array]:
         return compile_eval_step(self.blueprint, self.batch, self.mesh)
 
     def to_device(self, rows: Mapping[str, np.ndarray]) -> Batch:

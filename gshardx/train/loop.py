@@ -14,6 +14,7 @@ import jax
 from gshardx.checkpoint.store import CheckpointStore
 from gshardx.config import Config
 from gshardx.data.pipeline import Rows, training_rows
+from gshardx.models.moe import dispatcher_reason
 from gshardx.sharding import one_program_at_a_time
 from gshardx.train.evaluate import bits_per_byte
 from gshardx.train.flops import forward_flops_per_token, peak_flops
@@ -26,6 +27,7 @@ from gshardx.train.run_dir import RunDir
 from gshardx.train.state import TrainState
 from gshardx.train.step import StepMetrics
 from gshardx.train.text import Text, read_text
+from gshardx.train.trace import write_trace
 
 
 def train(config: Config, run: RunDir, command: str) -> int:
@@ -69,8 +71,8 @@ def train(config: Config, run: RunDir, command: str) -> int:
             number = caught[0]
             say(f"saved step {ended.step} after {signal.Signals(number).name}; to continue: {command}")
             return 128 + number
-        bits = bits_per_byte(job, ended.state.params, text) if ended.bits is None else ended.bits
-        report(job, run, text, ended.state.params, bits, command, say)
+        bits = bits_per_byte(job, ended.state.variables, text) if ended.bits is None else ended.bits
+        report(job, run, text, ended.state.variables, bits, command, say)
         return 0
 
 
@@ -103,6 +105,7 @@ def run_steps(
     if first >= config.train.steps:
         say(f"{run.path} has reached step {first} of {config.train.steps}; raise --train.steps to go on")
         return Ended(state, first, None)
+    say(f"dispatcher {dispatcher_reason(config.model.moe, config.data.sequence_length)}")
     say(f"compiling for mesh {config.mesh}")
     step_program, _ = job.train_step, job.eval_step
     wait = one_program_at_a_time(job.mesh)
@@ -110,8 +113,11 @@ def run_steps(
     with Progress(config.train.steps, first) as progress:
         meter = Meter(job, trackers, progress)
         for last in range(first + 1, config.train.steps + 1):
-            state, metrics = step_program(state, job.to_device(next(rows)))
-            meter.put(last, metrics)
+            batch = next(rows)
+            state, metrics = step_program(state, job.to_device(batch))
+            if metrics.experts is not None and last % config.train.trace_every == 0:
+                write_trace(run.routing, last, batch, metrics.experts)
+            meter.put(last, metrics._replace(experts=None))
             if wait:
                 jax.block_until_ready(state)
             ended, stop = last == config.train.steps, bool(caught)
@@ -119,7 +125,7 @@ def run_steps(
             store.save(last, items_of(state, rows), force=ended or stop)
             if ended or (config.train.eval_every and last % config.train.eval_every == 0):
                 with meter.paused():
-                    bits = bits_per_byte(job, state.params, text)
+                    bits = bits_per_byte(job, state.variables, text)
                 meter.flush({"evaluation/bits_per_byte": bits})
             elif wait:
                 meter.flush()

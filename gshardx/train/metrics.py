@@ -16,6 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from gshardx.layers.routing.statistics import describe
 from gshardx.train.run_dir import RunDir
 from gshardx.train.step import StepMetrics
 
@@ -35,27 +36,28 @@ def step_scalars(
         learning_rate: of this step.
         seconds: that the step took.
         flops: forward FLOPs of a token outside and inside the experts.
-        peak: FLOP/s of the devices. Dropped choices count no FLOPs.
+        peak: FLOP/s of the devices. Choices that were not kept count no FLOPs.
     """
-    drop = np.asarray(metrics.moe.stats.drop_fraction)
-    load = np.asarray(metrics.moe.stats.load_max_over_mean)
-    tokens = int(metrics.tokens)
-    useful = 3 * tokens * (flops[0] + flops[1] * (1 - float(drop.mean())))
+    layers = describe(metrics.stats)
+    tokens, stats = int(metrics.tokens), metrics.stats
+    kept = float(np.mean((stats.choices.sum(-1) - stats.dropped.sum(-1)) / np.maximum(stats.tokens, 1)))
+    useful = 3 * tokens * (flops[0] + flops[1] * kept / stats.choices.shape[-1])
     scalars = {
         "learning/loss": float(metrics.loss),
-        "learning/aux_loss": float(np.mean(metrics.moe.aux_loss)),
+        "learning/aux_loss": float(np.mean(metrics.aux_losses["balance"])),
         "learning/grad_norm": float(metrics.grad_norm),
         "learning/current_learning_rate": learning_rate,
         "perf/step_seconds": seconds,
         "perf/tokens_per_second": tokens / seconds,
         "perf/useful_tflops_per_second": useful / seconds / 1e12,
         "perf/mfu": useful / seconds / peak,
-        "moe/drop_fraction": float(drop.mean()),
-        "moe/load_max_over_mean": float(load.mean()),
     }
-    for layer in range(len(drop)):
-        scalars[f"moe/layer_{layer}/drop_fraction"] = float(drop[layer])
-        scalars[f"moe/layer_{layer}/load_max_over_mean"] = float(load[layer])
+    others = (name for name in metrics.aux_losses if name != "balance")
+    scalars |= {f"learning/aux_{name}_loss": float(np.mean(metrics.aux_losses[name])) for name in others}
+    layers["balance_weight"] = np.asarray(metrics.balance_weight)
+    for name, by_layer in layers.items():
+        scalars[f"moe/{name}"] = float(by_layer.max() if name == "largest_logit" else by_layer.mean())
+        scalars |= {f"moe/layer_{layer}/{name}": float(value) for layer, value in enumerate(by_layer)}
     return scalars
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gshardx.models.build import Params
+from gshardx.models.build import Variables
 from gshardx.models.generator import Generator, SamplingOptions
 from gshardx.train.evaluate import xz_bits_per_byte
 from gshardx.train.job import Job
@@ -14,7 +14,7 @@ from gshardx.train.text import Text
 
 
 def report(
-    job: Job, run: RunDir, text: Text, params: Params, bits: float, command: str, say: Callable[[str], None]
+    job: Job, run: RunDir, text: Text, variables: Variables, bits: float, command: str, say: Callable[[str], None]
 ) -> None:
     """Sample, and print the run's summary; ``bits`` per byte of held-out text."""
     xz = xz_bits_per_byte(text)
@@ -23,17 +23,19 @@ def report(
     if xz is not None:
         say(f"            ({xz:.3f} for xz -9e, which reads the training text first)")
     if job.config.train.sample_tokens:
-        say(f"sample      {_sample(job, params, text)}")
+        say(f"sample      {_sample(job, variables, text)}")
     say(f"run         {run.path}")
     say(f"resume      {command}")
     say(f'generate    python -m gshardx.infer generate --run {run.path} --prompt "To be" --max_new_tokens 100')
     say(f"look        tensorboard --logdir {run.path}")
 
 
-def _sample(job: Job, params: Params, text: Text) -> str:
+def _sample(job: Job, variables: Variables, text: Text) -> str:
     """Text that follows the end token, that is, the start of a document."""
     count = job.config.train.sample_tokens
-    generator = Generator(job.blueprint, params, job.mesh, length=count + 1, rows=job.config.mesh.batch_shards, chunk=1)
+    generator = Generator(
+        job.blueprint, variables, job.mesh, length=count + 1, rows=job.config.mesh.batch_shards, chunk=1
+    )
     start = [np.asarray([text.tokenizer.end], np.int32)]
     tokens = [one.token for one in generator.generate(start, count, SamplingOptions(temperature=0.8))]
     return textwrap.indent(text.tokenizer.decode(tokens), " " * 12).strip()

@@ -10,6 +10,8 @@ from gshardx.checkpoint.manifest import read_manifest
 from gshardx.checkpoint.store import Items, load, newest_good_step, set_aside
 from gshardx.data.pipeline import Rows
 from gshardx.errors import BadInput
+from gshardx.models.items import items_of as model_items
+from gshardx.models.items import variables_of
 from gshardx.train.job import Job
 from gshardx.train.run_dir import RunDir
 from gshardx.train.state import TrainState, init_state
@@ -17,7 +19,12 @@ from gshardx.train.state import TrainState, init_state
 
 def items_of(state: TrainState, rows: grain.DatasetIterator[Rows]) -> Items:
     """A state as a checkpoint keeps it. The step is the checkpoint's own number."""
-    return {"params": state.params, "optimizer": state.opt_state, "rng": {"key": state.rng}, "data": rows}
+    return model_items(state.variables) | {
+        "optimizer": state.opt_state,
+        "rng": {"key": state.rng},
+        "balance": {"weight": state.balance_weight},
+        "data": rows,
+    }
 
 
 def resume_or_start(
@@ -43,11 +50,14 @@ def resume_or_start(
                 f"{job.config.data.path}); bring the old text back or use another --run_dir"
             )
     loaded = load(run.checkpoints, step, items_of(job.state, rows))
+    variables = variables_of(loaded, job.state.variables)
     state = TrainState(
         step=jnp.asarray(step, jnp.int32, device=job.state.step.sharding),
-        params=loaded["params"],
+        params=variables.params,
         opt_state=loaded["optimizer"],
         rng=loaded["rng"]["key"],
+        router=variables.router,
+        balance_weight=loaded["balance"]["weight"],
     )
     say(f"resuming {run.path} from step {step}")
     return state, step

@@ -18,6 +18,7 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.eval_every",
     "train.sample_tokens",
+    "train.trace_every",
     "checkpoint.",
 )
 """Keys that a resumed run may change: they alter what is done or where, not what each step computes.
@@ -47,6 +48,10 @@ class RunDir:
     @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer.json"
+
+    @property
+    def routing(self) -> Path:
+        return self.path / "routing"
 
     @property
     def config(self) -> Path:
@@ -88,10 +93,10 @@ class RunDir:
         """
         before = dict(flatten(dataclasses.asdict(read_config(self.config))))
         now = dict(flatten(dataclasses.asdict(config)))
-        changed = [key for key in now if now[key] != before.get(key)]
+        changed = [key for key in now | before if now.get(key) != before.get(key)]
         bad = [key for key in changed if not key.startswith(FREE_TO_CHANGE)]
         if bad:
-            said = "; ".join(f"{key} = {before[key]}, now {now[key]}" for key in bad[:3])
+            said = "; ".join(f"{key} = {before.get(key)}, now {now.get(key)}" for key in bad[:3])
             raise BadInput(f"run_dir {self.path} was trained with {said}; use the old value or another --run_dir")
         notes = [f"{key}: {before[key]} -> {now[key]}" for key in changed if key != "run_dir"]
         if "train.steps" in changed:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
-from gshardx.models.build import Blueprint, Params
+from gshardx.layers import RouterState
+from gshardx.models.build import Blueprint, Params, Variables
 
 
 @jax.tree_util.register_dataclass
@@ -22,11 +23,20 @@ class TrainState:
     params: Params
     opt_state: Any
     rng: UInt32[Array, "2"]
+    router: RouterState
+    """Of all MoE layers, stacked."""
+    balance_weight: Float[Array, "layer"]
+    """Of each MoE layer's balance loss."""
+
+    @property
+    def variables(self) -> Variables:
+        return Variables(self.params, self.router)
 
 
 def init_state(blueprint: Blueprint, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """Step 0, every array created in its shards."""
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(blueprint, optimizer, mesh))
+    abstract = abstract_state(blueprint, optimizer, mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
     init_key, run_key = jax.random.split(jax.random.key(seed))
     # Waited for: two programs in flight can starve each other on simulated devices.
     params = jax.block_until_ready(blueprint.init(init_key))
@@ -35,12 +45,14 @@ def init_state(blueprint: Blueprint, optimizer: optax.GradientTransformation, se
         return optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key_data(run_key)
 
     opt_state, step, rng = jax.jit(rest, out_shardings=(shardings.opt_state, shardings.step, shardings.rng))(params)
-    return jax.block_until_ready(TrainState(step, params, opt_state, rng))
+    weight = np.full(abstract.balance_weight.shape, blueprint.config.moe.losses.get("balance", 0.0), np.float32)
+    balance_weight = jax.device_put(weight, shardings.balance_weight)
+    return jax.block_until_ready(TrainState(step, params, opt_state, rng, blueprint.init_router(), balance_weight))
 
 
 def abstract_state(blueprint: Blueprint, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a state: moments live where their parameter lives, counters everywhere."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    config, everywhere = blueprint.config, NamedSharding(mesh, PartitionSpec())
 
     def place(array: Any, sharding: NamedSharding) -> Any:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
@@ -57,4 +69,6 @@ def abstract_state(blueprint: Blueprint, optimizer: optax.GradientTransformation
         params=blueprint.params,
         opt_state=opt_state,
         rng=place(np.zeros(2, np.uint32), everywhere),
+        router=blueprint.router,
+        balance_weight=place(np.zeros(config.layers // config.moe.every, np.float32), everywhere),
     )

@@ -101,7 +101,7 @@ def test_the_data_iterator_goes_on_where_it_was(tmp_path):
 def test_parameters_are_read_without_the_rest(tmp_path):
     folder = saved(tmp_path / "checkpoints")
     shutil.rmtree(folder / "4" / "rng")
-    assert newest_good_step(folder, "params", report=pytest.fail) == 4
+    assert newest_good_step(folder, ("params",), report=pytest.fail) == 4
     assert_equal(load(folder, 4, {"params": abstract(tree())["params"]})["params"], tree(scale=4)["params"])
     assert newest_good_step(folder, report=lambda line: None) == 2
 

@@ -8,7 +8,7 @@ import pytest
 from gshardx.config import ModelConfig, MoEConfig
 from gshardx.errors import BadInput
 from gshardx.layers import Packed
-from gshardx.models.build import blueprint
+from gshardx.models.build import Variables, blueprint
 from gshardx.models.decode import Sampling, sample
 from gshardx.models.generator import Generator, SamplingOptions
 from gshardx.sharding import MeshConfig, build_mesh
@@ -26,24 +26,25 @@ PROMPTS = [DRAW.integers(0, VOCAB, length).astype(np.int32) for length in (1, 7,
 def engine(request):
     mesh = build_mesh(request.param)
     plan = blueprint(MODEL, VOCAB, mesh)
-    params = plan.init(jax.random.key(0))
-    return plan, params, mesh, Generator(plan, params, mesh, length=LENGTH, rows=ROWS, chunk=CHUNK)
+    variables = Variables(plan.init(jax.random.key(0)), plan.init_router())
+    return plan, variables, mesh, Generator(plan, variables, mesh, length=LENGTH, rows=ROWS, chunk=CHUNK)
 
 
-def full_logits(plan, params, tokens):
+def full_logits(plan, variables, tokens):
     """One dropless forward pass over a whole sequence on one device: ``[t, v]``."""
-    model = plan.bind(jax.device_put(jax.device_get(params), jax.devices()[0]))
+    params, router = jax.device_put(jax.device_get(variables), jax.devices()[0])
+    model = plan.bind(params)
     tokens = jnp.asarray(tokens)[None]
     ones = jnp.ones_like(tokens)
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    hidden, _, metrics = model.hidden(tokens, positions, ones > 0, Packed.of(ones), None)
+    hidden, _, metrics = model.hidden(tokens, positions, ones > 0, Packed.of(ones), None, router)
     assert float(metrics.stats.drop_fraction.max()) == 0.0
     return np.asarray(model.logits(hidden)[0])
 
 
 def stepped_logits(engine, sequences, prompt_lengths):
     """Logits after the prompt and after each further token, fed one by one: a list of ``[n, v]`` a row."""
-    _, params, _, generator = engine
+    _, variables, _, generator = engine
     state = generator._prefilled([s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)])
     rows = [[np.asarray(state.logits)[row]] for row in range(len(sequences))]
     for offset in range(max(len(s) - n for s, n in zip(sequences, prompt_lengths, strict=True))):
@@ -51,7 +52,8 @@ def stepped_logits(engine, sequences, prompt_lengths):
         for row, (sequence, n) in enumerate(zip(sequences, prompt_lengths, strict=True)):
             if n + offset < len(sequence):
                 tokens[row, 0], count[row] = sequence[n + offset], 1
-        state = generator.prefill(params, state, jax.device_put(tokens, generator._by_row_token), generator._put(count))
+        on_device = jax.device_put(tokens, generator._by_row_token)
+        state = generator.prefill(variables, state, on_device, generator._put(count))
         jax.block_until_ready(state)
         for row in np.flatnonzero(count):
             rows[row].append(np.asarray(state.logits)[row])
@@ -100,7 +102,8 @@ def test_text_is_the_same_on_every_mesh():
     def text(mesh_config):
         mesh = build_mesh(mesh_config)
         plan = blueprint(MODEL, VOCAB, mesh)
-        generator = Generator(plan, plan.init(jax.random.key(0)), mesh, length=LENGTH, rows=ROWS, chunk=CHUNK)
+        variables = Variables(plan.init(jax.random.key(0)), plan.init_router())
+        generator = Generator(plan, variables, mesh, length=LENGTH, rows=ROWS, chunk=CHUNK)
         return [list(one) for one in generator.generate(PROMPTS, 10, SamplingOptions(1.0, seed=3))]
 
     expected = text(MESHES[0])

@@ -1,13 +1,11 @@
-"""The decoder: depth costs no HLO, layouts change no number, expert parallelism is all-to-all."""
-
-import re
+"""The decoder: depth costs no HLO, layouts change no number."""
 
 import jax
 import numpy as np
 import pytest
 
 from gshardx.config import ModelConfig, MoEConfig, OptimizerConfig
-from gshardx.models.build import blueprint
+from gshardx.models.build import Variables, blueprint
 from gshardx.sharding import MeshConfig, build_mesh
 from gshardx.train.optimizer import build_optimizer
 from gshardx.train.state import abstract_state, init_state
@@ -55,32 +53,13 @@ def train(config, mesh_config, steps=2):
     losses = []
     for _ in range(steps):
         state, metrics = jax.block_until_ready(step(state, packed_batch(abstract)))
-        losses.append((float(metrics.loss), float(metrics.moe.aux_loss.mean()), float(metrics.grad_norm)))
+        losses.append((float(metrics.loss), float(metrics.aux_losses["balance"].mean()), float(metrics.grad_norm)))
     return losses, jax.device_get(state.params)
 
 
 def test_hlo_size_does_not_grow_with_depth():
     sizes = [compiled(model(layers), MeshConfig(expert=8))[-1].hlo_instructions for layers in (4, 16)]
     assert sizes[0] == sizes[1] > 100
-
-
-@pytest.mark.parametrize("mesh_config", [MeshConfig(expert=8), MeshConfig(data=2, expert=4)], ids=str)
-def test_a_layer_sends_two_all_to_alls_each_way_and_gathers_nothing(mesh_config):
-    hlo = compiled(model(), mesh_config)[-1].hlo
-    assert len(re.findall(r" all-to-all(?:-start)?\(", hlo)) == 4  # 2 in the forward scan's body, 2 in the backward's
-    assert not re.search(r" all-gather(?:-start)?\(", hlo)
-
-
-def test_fsdp_gathers_parameters_and_never_falls_back_to_replication(capfd):
-    hlo = compiled(model(), MeshConfig(fsdp=2, expert=4))[-1].hlo
-    assert len(re.findall(r" all-to-all(?:-start)?\(", hlo)) == 4
-    gathered = re.findall(r"= (\S+) all-gather(?:-start)?\(", hlo)
-    assert gathered
-    largest = max(
-        np.prod([int(n) for n in re.search(r"\[([\d,]*)\]", shape).group(1).split(",")]) for shape in gathered
-    )
-    assert largest <= 8 // 4 * 16 * 24, "at most one device's experts or a table, never tokens"
-    assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -96,7 +75,7 @@ def test_fsdp_gathers_parameters_and_never_falls_back_to_replication(capfd):
     ids=str,
 )
 def test_every_mesh_trains_like_one_device(mesh_config):
-    config = model(second_expert="random")
+    config = model(router_options={"second_expert": "random"})
     expected_losses, expected = train(config, MeshConfig())
     losses, params = train(config, mesh_config)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
@@ -112,7 +91,7 @@ def test_padding_and_packing_change_no_loss():
     mesh = build_mesh(MeshConfig())
     plan = blueprint(model(), VOCAB, mesh)
     step = compile_eval_step(plan, abstract_batch(ROWS, LENGTH, mesh), mesh)
-    params = plan.init(jax.random.key(0))
+    variables = Variables(plan.init(jax.random.key(0)), plan.init_router())
     draw = np.random.default_rng(1)
     one, two = draw.integers(0, VOCAB, (2, 9)), draw.integers(0, VOCAB, (2, 6))  # tokens, targets
 
@@ -126,7 +105,7 @@ def test_padding_and_packing_change_no_loss():
                 arrays[:, row, start : start + length] = filled
                 start += length
         batch = Batch(*map(jax.numpy.asarray, arrays))
-        return float(step(params, batch._replace(weights=batch.weights.astype(jax.numpy.float32))))
+        return float(step(variables, batch._replace(weights=batch.weights.astype(jax.numpy.float32))))
 
     packed, apart = cost([[one, two]]), cost([[one], [two]])
     assert packed > 15

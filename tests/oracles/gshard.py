@@ -1,53 +1,84 @@
-"""GShard's Algorithm 1 (arXiv 2006.16668) as loops over tokens, written from the paper."""
+"""GShard's Algorithm 1 (arXiv 2006.16668) as loops over tokens, and what lingvo's Top2GatingOnLogits does otherwise."""
+
+import math
 
 import numpy as np
 
+from tests.oracles import choice
 
-def route(gates, k, capacity, valid, coin=None):
+
+def route(
+    logits,
+    k,
+    capacity,
+    importance,
+    *,
+    second_expert="all",
+    threshold=0.5,
+    slots="paper",
+    normalise="before",
+    priority="position",
+    coin=None,
+    gumbel=None,
+):
     """Route one group.
 
     Args:
-        gates: softmax over experts ``[s, e]``.
+        logits: ``[s, e]`` float32.
         k: choices.
         capacity: slots of an expert.
-        valid: ``[s]`` False for padding.
-        coin: uniform draws ``[s, k]`` for policy "random", or None for "all".
-
-    Returns:
-        experts ``[s, k]``, slots ``[s, k]``, keep ``[s, k]``, weights ``[s, k]``, auxiliary loss (1.0 at balance).
+        importance: ``[s]`` 1: makes all its choices and counts in the losses; between: one choice less, from
+            its best expert on, queueing with the others' second choices; 0: padding.
+        second_expert, threshold, slots, normalise, priority: as in the router.
+        coin: uniform draws ``[s, k]`` of policy "random"; None tosses none.
+        gumbel: draws ``[s, e]`` of policy "sampling"; None samples nothing.
     """
-    s, e = gates.shape
+    s, e = logits.shape
+    gates = [choice.softmax(row) for row in logits]
+    margin = choice.order_margin(gates, priority)
+
     experts = np.zeros((s, k), int)
-    weights = np.zeros((s, k))
     for token in range(s):
-        left = list(range(e))
+        scores = list(logits[token])
+        experts[token] = choice.best(scores, k)
+        if second_expert == "sampling" and gumbel is not None:
+            scores = list(logits[token] + gumbel[token])
+            if importance[token] == 1:
+                scores[experts[token, 0]] = -math.inf
+            experts[token, 1:] = choice.best(scores, k - 1)
+            margin = min(margin, choice.gap(float(x) for x in scores))
+        elif importance[token] < 1:  # lingvo masks no first choice for it, so its second is its best
+            experts[token, 1:] = choice.best(scores, k - 1)
+
+    gate = np.zeros((s, k))
+    for token in range(s):
+        gate[token] = [gates[token][expert] for expert in experts[token]]
+        if importance[token] < 1:
+            gate[token, 0] = 0.0
+        if normalise == "before":
+            gate[token] /= gate[token].sum() or 1.0
+
+    wanted, accepted = np.zeros((s, k), bool), np.ones((s, k), bool)
+    for token in range(s):
         for rank in range(k):
-            best = max(left, key=lambda expert: (gates[token, expert], -expert))
-            experts[token, rank] = best
-            left.remove(best)
-        chosen = [gates[token, expert] for expert in experts[token]]
-        weights[token] = [gate / (sum(chosen) + 1e-9) for gate in chosen]
+            wanted[token, rank] = importance[token] == 1 if rank == 0 else importance[token] > 0
+            if second_expert == "random" and coin is not None and rank > 0:
+                chance = gate[token, rank] / threshold
+                accepted[token, rank] = coin[token, rank] < chance
+                margin = min(margin, abs(coin[token, rank] - chance))
+    if slots == "lingvo":
+        wanted &= accepted
 
-    count = [0] * e
-    first_counts = None
-    slots = np.zeros((s, k), int)
-    keep = np.zeros((s, k), bool)
-    for rank in range(k):
+    places, _ = choice.number(experts, wanted, e, choice.token_order(gates, priority))
+    keep = wanted & accepted & (places < capacity)
+    weights = gate * keep
+    if normalise == "after":
         for token in range(s):
-            if not valid[token]:
-                continue
-            expert = experts[token, rank]
-            slots[token, rank] = count[expert]
-            wanted = rank == 0 or coin is None or coin[token, rank] < 2 * weights[token, rank]
-            keep[token, rank] = wanted and count[expert] < capacity
-            count[expert] += 1
-        if rank == 0:
-            first_counts = list(count)
+            weights[token] /= weights[token].sum() or 1.0
 
-    real = max(sum(valid), 1)
-    mean_gate = [sum(gates[t, x] for t in range(s) if valid[t]) / real for x in range(e)]
-    loss = e * sum(first_counts[x] / real * mean_gate[x] for x in range(e))
-    return experts, slots, keep, weights * keep, loss
+    real = np.asarray(importance) == 1
+    losses = {"balance": choice.balance(gates, experts[:, :1], real), "z": choice.z(logits, real)}
+    return choice.Routed(experts, wanted, places, keep, weights, losses, int(real.sum()), margin)
 
 
 def moe(tokens, experts, keep, weights, feed_forward):

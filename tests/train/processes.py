@@ -14,7 +14,7 @@ model:
   kv_heads: 1
   head_dim: 8
   hidden: 32
-  moe: {num_experts: 4, hidden: 16, second_expert: random}
+  moe: {num_experts: 4, hidden: 16, router_options: {second_expert: random}}
 mesh: {data: 8}
 data: {path: text.jsonl, tokenizer: bytes, sequence_length: 32}
 optimizer: {warmup_steps: 5}

@@ -10,6 +10,7 @@ import pytest
 
 from gshardx.config import CheckpointConfig, Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from gshardx.layers import Packed
+from gshardx.models.build import Variables
 from gshardx.sharding import MeshConfig
 from gshardx.train import loop
 from gshardx.train.evaluate import bits_per_byte, xz_bits_per_byte
@@ -65,14 +66,16 @@ def test_bits_per_byte_is_the_cross_entropy_of_every_byte(config):
     text = read_text(config.data)
     job = Job.of(config, text.tokenizer.vocab_size)
     params = job.blueprint.init(jax.random.key(0))
-    bits = bits_per_byte(job, params, text)
+    variables = Variables(params, job.blueprint.init_router())
+    bits = bits_per_byte(job, variables, text)
 
     model, nats, targets = job.blueprint.bind(jax.device_put(jax.device_get(params), jax.devices()[0])), 0.0, 0
 
     @jax.jit
     def scores(tokens, valid):
         positions = jnp.arange(16, dtype=jnp.int32)[None]
-        hidden, _, _ = model.hidden(tokens[None], positions, valid[None], Packed.of(valid[None].astype(int)), None)
+        memory = Packed.of(valid[None].astype(int))
+        hidden, _, _ = model.hidden(tokens[None], positions, valid[None], memory, None, ())
         return jax.nn.log_softmax(model.logits(hidden)[0])
 
     for ids in text.held_out:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from gshardx.layers import MoEMetrics
 from gshardx.layers.routing import RouterStats
 from gshardx.train import metrics
 from gshardx.train.metrics import PLAIN_LINE_SECONDS, Progress, Trackers, step_scalars
@@ -16,8 +15,25 @@ from gshardx.train.step import StepMetrics
 
 
 def scalars(drop=(0.0, 0.0), load=(1.0, 3.0), tokens=100, seconds=2.0, flops=(10.0, 30.0), peak=1e4):
-    stats = RouterStats(np.float32(drop), np.float32(load))
-    step = StepMetrics(np.float32(2.5), np.float32(0.5), np.int32(tokens), MoEMetrics(np.float32([1.0, 1.2]), stats))
+    """Two layers of 4 experts, top-2."""
+    choices = np.full((2, 2), float(tokens))
+    zeros, parts = np.zeros(2), np.zeros((2, 8))
+    loads = np.float32([[load[layer], *[(4 - load[layer]) / 3] * 3] for layer in range(2)]) * 2 * tokens / 4
+    stats = RouterStats(
+        tokens=np.full(2, float(tokens)),
+        choices=choices,
+        dropped=choices * np.float32(drop)[:, None],
+        load=loads,
+        room=np.full(2, 2.5 * tokens),
+        entropy=zeros,
+        z=zeros,
+        largest_logit=np.float32([3.0, 5.0]),
+        choices_by_position=parts,
+        dropped_by_position=parts,
+    )
+    aux = {"balance": np.float32([1.0, 1.2]), "z": np.float32([2.0, 4.0])}
+    weight = np.float32([0.01, 0.03])
+    step = StepMetrics(np.float32(2.5), np.float32(0.5), np.int32(tokens), aux, stats, weight, None)
     return step_scalars(step, 1e-3, seconds, flops, peak)
 
 
@@ -51,6 +67,12 @@ def test_scalars_are_the_steps_values_and_means_over_layers():
         "moe/layer_0/drop_fraction": 0.1,
         "moe/layer_1/drop_fraction": 0.3,
         "moe/layer_1/load_max_over_mean": 3.0,
+        "learning/aux_z_loss": 3.0,
+        "moe/balance_weight": 0.02,
+        "moe/largest_logit": 5.0,
+        "moe/layer_0/largest_logit": 3.0,
+        "moe/layer_0/capacity_used": 0.72,
+        "moe/layer_1/max_violation": 2.0,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     assert {type(value) for value in found.values()} == {float}

@@ -120,6 +120,8 @@ def changed(config, key):
     """``config`` with another value under the dotted ``key``."""
     name, _, rest = key.partition(".")
     value = getattr(config, name)
+    if isinstance(value, dict):
+        return dataclasses.replace(config, **{name: {**value, rest: another(value[rest])}})
     return dataclasses.replace(config, **{name: changed(value, rest) if rest else another(value)})
 
 

@@ -1,6 +1,23 @@
 """Who goes where: a router turns tokens into a Routing. One file a family."""
 
-from gshardx.layers.routing.contract import Router, RouterStats, Routing
+from gshardx.layers.routing.choice import Capacity, Priority
+from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
+from gshardx.layers.routing.linear import LinearRouter
+from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
+from gshardx.layers.routing.statistics import RouterStats
+from gshardx.layers.routing.switch import SwitchRouter
+from gshardx.layers.routing.top_k import TopKRouter
 
-__all__ = ["GShardRouter", "Router", "RouterStats", "Routing", "SecondExpert"]
+ROUTERS: dict[str, type[LinearRouter]] = {
+    "gshard": GShardRouter,
+    "switch": SwitchRouter,
+    "top_k": TopKRouter,
+    "sigmoid_bias": SigmoidBiasRouter,
+}
+"""By the name in ``model.moe.router``."""
+
+__all__ = [
+    "ROUTERS",    "Capacity", "GShardRouter", "LinearRouter", "Losses", "Priority", "Router", "RouterState",
+    "RouterStats", "Routing", "SecondExpert", "SigmoidBiasRouter", "SwitchRouter", "TopKRouter",
+]  # fmt: skip

@@ -1,0 +1,78 @@
+"""Which dispatcher suits a layer, and why."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from gshardx.layers.dispatch.contract import Dispatcher, Rows, Slots
+from gshardx.layers.dispatch.ragged import Ragged
+from gshardx.layers.dispatch.slots import Einsum, Gather
+from gshardx.layers.grouped import has_fast_kernel
+from gshardx.layers.routing import Routing
+
+EINSUM_BELOW = 0.1
+"""S/H up to which the one-hot products cost little beside the experts (2 S/3H of SwiGLU's FLOPs) and a TPU, whose
+matrix unit idles during a gather, does better with them."""
+RAGGED_FROM = 16
+"""E/K from which, on CPUs, XLA's ragged_dot beats computing every expert for every token."""
+
+
+class Choice(NamedTuple):
+    dispatcher: Dispatcher
+    reason: str
+
+
+def choose_dispatcher(
+    *, group: int, hidden: int, num_experts: int, top_k: int, dropless: bool, backend: str | None = None
+) -> Choice:
+    """A dispatcher for a layer; what it goes by on CPUs, benchmarks/moe_layer.py --part crossover measures.
+
+    Args:
+        group: tokens that compete for slots, s.
+        hidden: hidden units of an expert, h.
+        num_experts: e.
+        top_k: k.
+        dropless: whether there is room for every choice.
+        backend: "cpu", "gpu" or "tpu"; default: the one in use.
+    """
+    backend = backend or jax.default_backend()
+    spare = num_experts / top_k
+    if dropless and group > 1 and backend != "cpu" and has_fast_kernel(backend):
+        return Choice(Ragged(), "ragged: dropless, and a grouped matrix product is installed (tokamax)")
+    if dropless and group > 1 and backend == "cpu" and spare >= RAGGED_FROM:
+        return Choice(Ragged(), f"ragged: dropless slots would be {spare:.0f} times the choices")
+    if backend == "tpu" and group / hidden <= EINSUM_BELOW:
+        return Choice(Einsum(), f"einsum: S/H = {group / hidden:.2f}, so one-hot products cost little")
+    return Choice(
+        Gather(), f"gather: {'dropless by capacity' if dropless else f'S/H = {group / hidden:.2f}'} on {backend}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+    """Chooses by :func:`choose_dispatcher` for the shapes that it meets, when the program is traced.
+
+    hidden: hidden units of an expert. wire: as in :class:`Einsum`, where slots travel.
+    """
+
+    hidden: int
+    wire: Any = None
+
+    def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Slots | Rows:
+        return self._chosen(routing).dispatch(tokens, routing)
+
+    def combine(self, expert_out: Any, routing: Routing) -> Float[Array, "g s m"]:
+        return self._chosen(routing).combine(expert_out, routing)
+
+    def _chosen(self, routing: Routing) -> Dispatcher:
+        _, s, k = routing.experts.shape
+        chosen = choose_dispatcher(
+            group=s,
+            hidden=self.hidden,
+            num_experts=routing.num_experts,
+            top_k=k,
+            dropless=routing.capacity == s,
+        ).dispatcher
+        return dataclasses.replace(chosen, wire=self.wire) if isinstance(chosen, (Einsum, Gather)) else chosen

@@ -1,0 +1,150 @@
+"""From a config to an MoE layer: router, dispatcher, experts, and what stands beside them."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from flax import nnx
+
+from gshardx.config import ModelConfig, MoEConfig
+from gshardx.errors import BadInput
+from gshardx.layers import (
+    Auto,
+    Capacity,
+    Einsum,
+    Experts,
+    FeedForward,
+    GatedShared,
+    Gather,
+    MoE,
+    Ragged,
+    Residual,
+    Shared,
+)
+from gshardx.layers.balance import BalanceLoss, CommunicationLoss, DeviceLoss, ImportanceLoss, Loss
+from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
+from gshardx.layers.routing import ROUTERS, LinearRouter, Router
+from gshardx.layers.routing.choice import check_groups
+from gshardx.layers.shared import Beside, nothing
+
+_FROM_CONFIG = {"self", "width", "num_experts", "top_k", "capacity", "losses", "rngs", "common"}
+
+
+def build_moe(config: ModelConfig, output_scale: float, rngs: nnx.Rngs) -> MoE:
+    """The sparse layer of ``config``."""
+    moe = config.moe
+    return MoE(
+        build_router(config, rngs),
+        build_dispatcher(moe),
+        Experts(
+            moe.num_experts,
+            config.width,
+            moe.hidden,
+            config.activation,
+            biases=moe.biases,
+            output_scale=output_scale,
+            rngs=rngs,
+        ),
+        _beside(config, output_scale, rngs),
+        group_size=moe.group_size,
+    )
+
+
+def build_dispatcher(moe: MoEConfig) -> Dispatcher:
+    wire = "bfloat16" if moe.wire == "bfloat16" else None
+    makers: dict[str, Dispatcher] = {
+        "auto": Auto(moe.hidden, wire),
+        "gather": Gather(wire),
+        "einsum": Einsum(wire),
+        "ragged": Ragged(),
+    }
+    return makers[moe.dispatcher]
+
+
+def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
+    """What the dispatcher is in training, and why, in a line."""
+    if moe.dispatcher != "auto":
+        return f"{moe.dispatcher}: model.moe.dispatcher says so"
+    return choose_dispatcher(
+        group=moe.group_size or sequence_length,
+        hidden=moe.hidden,
+        num_experts=moe.num_experts,
+        top_k=moe.top_k,
+        dropless=moe.capacity_factor is None,
+    ).reason
+
+
+def build_router(config: ModelConfig, rngs: nnx.Rngs) -> Router:
+    """Raises BadInput for options that the router does not have."""
+    moe = config.moe
+    made = ROUTERS[moe.router]
+    options = check_router_options(moe)
+    losses = dict(made.LOSSES) | {name: _loss(name, moe) for name in moe.losses if name not in made.LOSSES}
+    common: dict[str, Any] = {"capacity": Capacity(moe.capacity_factor), "losses": losses, "rngs": rngs}
+    if "top_k" in inspect.signature(made.__init__).parameters:
+        common["top_k"] = moe.top_k
+    return made(width=config.width, num_experts=moe.num_experts, **common, **options)
+
+
+def router_options(name: str) -> Mapping[str, inspect.Parameter]:
+    """What ``model.moe.router_options`` may hold for the router ``name``."""
+    options: dict[str, inspect.Parameter] = {}
+    for kind in reversed(ROUTERS[name].__mro__):
+        if issubclass(kind, LinearRouter):
+            options |= inspect.signature(kind.__init__).parameters
+    return {option: parameter for option, parameter in options.items() if option not in _FROM_CONFIG}
+
+
+def check_router_options(moe: MoEConfig) -> dict[str, Any]:
+    """``moe.router_options``, each known to ``moe.router`` and of its type.
+
+    Raises:
+        BadInput: otherwise, with the nearest name or the values that would do.
+    """
+    known = router_options(moe.router)
+    if moe.router == "switch" and moe.top_k != 1:
+        raise BadInput(f"model.moe.router = switch chooses one expert, but model.moe.top_k = {moe.top_k}; use top_k 1")
+    for name, value in moe.router_options.items():
+        where = f"model.moe.router_options.{name}"
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise BadInput(f"{where}: router {moe.router!r} has no such option; did you mean {nearest!r}?")
+        wanted = known[name].annotation
+        if get_origin(wanted) is Literal:
+            if value not in get_args(wanted):
+                raise BadInput(f"{where} = {value}: use one of {', '.join(map(str, get_args(wanted)))}")
+        elif isinstance(value, bool) != (wanted is bool) or not isinstance(value, (int, wanted)):
+            raise BadInput(f"{where} = {value}: expected {wanted.__name__}")
+    groups, kept = (int(moe.router_options.get(name, 1)) for name in ("groups", "groups_kept"))
+    try:
+        check_groups(moe.num_experts, moe.top_k, groups, kept)
+    except BadInput as error:
+        raise BadInput(f"model.moe.router_options.{error}") from error
+    for name in {"device", "communication"} & set(moe.losses):
+        if groups == 1:
+            raise BadInput(f"model.moe.losses.{name} needs groups of experts; set model.moe.router_options.groups")
+    return dict(moe.router_options)
+
+
+def _loss(name: str, moe: MoEConfig) -> Loss:
+    groups, kept = (int(moe.router_options.get(option, 1)) for option in ("groups", "groups_kept"))
+    losses: dict[str, Loss] = {
+        "first_choice": BalanceLoss(choices="first"),
+        "all_choices": BalanceLoss(),
+        "batch": BalanceLoss(over="batch"),
+        "device": DeviceLoss(groups),
+        "communication": CommunicationLoss(groups, kept),
+        "importance": ImportanceLoss(),
+    }
+    return losses[name]
+
+
+def _beside(config: ModelConfig, output_scale: float, rngs: nnx.Rngs) -> Beside:
+    moe = config.moe
+    if not moe.shared_hidden:
+        return nothing
+    dense = FeedForward(config.width, moe.shared_hidden, config.activation, output_scale=output_scale, rngs=rngs)
+    if moe.shared == "plain":
+        return Shared(dense)
+    return (GatedShared if moe.shared == "gated" else Residual)(config.width, dense, rngs=rngs)

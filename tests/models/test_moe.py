@@ -1,0 +1,97 @@
+"""From config to layer: every option reaches its router, and a wrong one is answered in a line."""
+
+import jax
+import pytest
+from flax import nnx
+
+from gshardx.config import ModelConfig, MoEConfig
+from gshardx.errors import BadInput
+from gshardx.layers import Auto, Capacity, Einsum, Gather, Ragged, Residual, Shared
+from gshardx.layers.balance import BalanceLoss, CommunicationLoss, DeviceLoss
+from gshardx.layers.routing import ROUTERS
+from gshardx.models.moe import build_moe, check_router_options, dispatcher_reason, router_options
+
+
+def built(**moe):
+    config = ModelConfig(width=16, moe=MoEConfig(**{"num_experts": 8, "hidden": 8, **moe}))
+    return nnx.eval_shape(lambda: build_moe(config, 1.0, nnx.Rngs(0)))
+
+
+def complaint(**moe):
+    with pytest.raises(BadInput) as caught:
+        check_router_options(MoEConfig(**{"num_experts": 8, **moe}))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router_is_built_by_its_name_with_its_capacity(name):
+    layer = built(router=name, top_k=1, capacity_factor=2.0)
+    assert type(layer.router) is ROUTERS[name]
+    assert layer.router.capacity == Capacity(2.0)
+    assert built(router=name, top_k=1, capacity_factor=None).router.capacity == Capacity(None)
+
+
+def test_options_reach_the_router():
+    options = {"groups": 4, "groups_kept": 2, "rate": 0.01, "priority": "gate", "bias": True}
+    router = built(router="sigmoid_bias", router_options=options).router
+    assert (router.groups, router.groups_kept, router.rate, router.priority) == (4, 2, 0.01, "gate")
+    assert router.bias.shape == (8,)
+
+
+def test_losses_are_the_routers_own_and_those_that_are_weighed():
+    names = dict(built(losses={"balance": 0.01}).router.losses)
+    assert set(names) == {"balance", "z"}
+    assert names["balance"] == BalanceLoss(choices="first")
+    losses = {"device": 0.05, "communication": 0.02, "batch": 0.1}
+    names = dict(built(router="top_k", router_options={"groups": 4, "groups_kept": 2}, losses=losses).router.losses)
+    assert names["device"] == DeviceLoss(4)
+    assert names["communication"] == CommunicationLoss(4, 2)
+    assert names["batch"] == BalanceLoss(over="batch")
+
+
+@pytest.mark.parametrize(
+    ("moe", "said"),
+    [
+        ({"router_options": {"thresold": 1.0}}, ["thresold", "did you mean 'threshold'"]),
+        ({"router_options": {"second_expert": "never"}}, ["second_expert = never", "all, sampling, random"]),
+        ({"router_options": {"threshold": "high"}}, ["threshold = high", "float"]),
+        ({"router_options": {"threshold": True}}, ["threshold = True", "float"]),
+        ({"router_options": {"rngs": 3}}, ["rngs", "did you mean"]),
+        ({"router": "switch"}, ["top_k = 2", "use top_k 1"]),
+        ({"router": "top_k", "router_options": {"groups": 3}}, ["groups = 3", "num_experts = 8"]),
+        ({"router": "top_k", "router_options": {"groups": 8}}, ["groups_kept = 1", "use 2"]),
+        ({"router": "top_k", "losses": {"device": 0.1}}, ["losses.device", "router_options.groups"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_named_with_what_would_do(moe, said):
+    message = complaint(**moe)
+    for part in said:
+        assert part in message
+
+
+def test_an_integer_will_do_for_a_float():
+    assert check_router_options(MoEConfig(router_options={"threshold": 1})) == {"threshold": 1}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_options_are_those_of_the_class_and_its_base(name):
+    options = router_options(name)
+    assert {"priority", "bias"} <= set(options)
+    assert not {"rngs", "width", "losses", "capacity", "self"} & set(options)
+
+
+def test_dispatchers_and_dense_networks_by_name():
+    kinds = {"auto": Auto, "gather": Gather, "einsum": Einsum, "ragged": Ragged}
+    assert {name: type(built(dispatcher=name).dispatcher) for name in kinds} == kinds
+    assert built(wire="bfloat16", dispatcher="gather").dispatcher == Gather(wire="bfloat16")
+    assert isinstance(built(shared_hidden=4).beside, Shared)
+    assert isinstance(built(shared_hidden=4, shared="residual").beside, Residual)
+    assert built(biases=True).experts.b_down.shape == (8, 16)
+
+
+def test_the_reason_of_the_choice_is_a_line():
+    assert jax.default_backend() == "cpu"
+    assert dispatcher_reason(MoEConfig(hidden=128), 256) == "gather: S/H = 2.00 on cpu"
+    assert "says so" in dispatcher_reason(MoEConfig(dispatcher="einsum"), 256)
+    assert "dropless" in dispatcher_reason(MoEConfig(capacity_factor=None), 256)
