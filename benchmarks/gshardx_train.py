@@ -68,7 +68,7 @@ def measure(devices: int, steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
         state, metrics = train_step(state, job.to_device(next(rows)))
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - start)
-        dropped.append(float(metrics.moe.stats.drop_fraction.mean()))
+        dropped.append(float(metrics.stats.drop_fraction.mean()))
     median = steady_median(seconds)
     return {
         "framework": "gshardx",

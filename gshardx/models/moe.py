@@ -62,11 +62,12 @@ def build_dispatcher(moe: MoEConfig) -> Dispatcher:
     return makers[moe.dispatcher]
 
 
-def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
-    """What the dispatcher is in training, and why, in a line."""
+def dispatcher_reason(moe: MoEConfig, tokens: int, sequence_length: int) -> str:
+    """What the dispatcher is in training, and why, in a line; ``tokens`` are those of a step on one device."""
     if moe.dispatcher != "auto":
         return f"{moe.dispatcher}: model.moe.dispatcher says so"
     return choose_dispatcher(
+        tokens=tokens,
         group=moe.group_size or sequence_length,
         hidden=moe.hidden,
         num_experts=moe.num_experts,

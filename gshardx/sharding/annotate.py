@@ -64,7 +64,12 @@ def reshard(x: Array, from_: str, to: str, rules: Rules = RULES) -> Array:
 
 
 def manual(
-    function: Callable[..., Any], in_axes: Sequence[str], out_axes: str, rules: Rules = RULES
+    function: Callable[..., Any],
+    in_axes: Sequence[str],
+    out_axes: str,
+    rules: Rules = RULES,
+    *,
+    check_vma: bool = True,
 ) -> Callable[..., Any]:
     """Run ``function`` on each device with its own shards: GShard's auto-to-manual partition (arXiv 2006.16668 section
     3.2), over ``jax.shard_map``. Without a mesh, ``function`` itself.
@@ -72,13 +77,17 @@ def manual(
     Args:
         function: sees local shapes; collectives inside name mesh axes.
         in_axes: logical names of each argument's leading dimensions; an argument may be a pytree whose leaves share
-        them. out_axes: of the result.
+            them.
+        out_axes: of the result.
+        rules: where the names live.
+        check_vma: let shard_map check what differs between devices; kernels written in Pallas do not say.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
     ins = tuple(unchecked_spec(axes.split(), mesh, rules) for axes in in_axes)
-    return jax.shard_map(function, in_specs=ins, out_specs=unchecked_spec(out_axes.split(), mesh, rules))
+    out = unchecked_spec(out_axes.split(), mesh, rules)
+    return jax.shard_map(function, in_specs=ins, out_specs=out, check_vma=check_vma)
 
 
 def axis_size(axis: str) -> int:

@@ -43,7 +43,6 @@ DISPATCHERS = {"gather": Gather(), "einsum": Einsum(), "ragged": Ragged()}
 WIDTH = 16
 GATE, UP = 0, 1
 
-pytestmark = pytest.mark.filterwarnings("ignore:ragged_dot is slower")
 
 # Our parameter: (transformers' name, how its axes become ours, which part where one tensor holds gate and up). A name
 # with {} is a tensor for each expert.

@@ -149,7 +149,6 @@ def test_rematerialisation_repeats_no_all_to_all_if_it_keeps_what_arrived():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:ragged_dot is slower")
 def test_sorted_rows_travel_with_their_counts_and_room_for_the_worst_case():
     mesh_config = MeshConfig(data=2, expert=4)
     sent = collectives(compiled(model(dispatcher="ragged"), mesh_config)[-1].hlo, "all-to-all")

@@ -92,6 +92,6 @@ def test_dispatchers_and_dense_networks_by_name():
 
 def test_the_reason_of_the_choice_is_a_line():
     assert jax.default_backend() == "cpu"
-    assert dispatcher_reason(MoEConfig(hidden=128), 256) == "gather: S/H = 2.00 on cpu"
-    assert "says so" in dispatcher_reason(MoEConfig(dispatcher="einsum"), 256)
-    assert "dropless" in dispatcher_reason(MoEConfig(capacity_factor=None), 256)
+    assert dispatcher_reason(MoEConfig(hidden=128), 4096, 256) == "gather: S/H = 2.00 on cpu"
+    assert "says so" in dispatcher_reason(MoEConfig(dispatcher="einsum"), 4096, 256)
+    assert "dropless" in dispatcher_reason(MoEConfig(capacity_factor=None), 4096, 256)

@@ -1,6 +1,7 @@
 """Which dispatcher suits a layer, and why."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +12,13 @@ from gshardx.layers.dispatch.ragged import Ragged
 from gshardx.layers.dispatch.slots import Einsum, Gather
 from gshardx.layers.grouped import has_fast_kernel
 from gshardx.layers.routing import Routing
+from gshardx.sharding import RULES, axis_size
 
 EINSUM_BELOW = 0.1
 """S/H up to which the one-hot products cost little beside the experts (2 S/3H of SwiGLU's FLOPs) and a TPU, whose
 matrix unit idles during a gather, does better with them."""
-RAGGED_FROM = 16
-"""E/K from which, on CPUs, XLA's ragged_dot beats computing every expert for every token."""
+RAGGED_FROM = 256
+"""Tokens on a device from which dropless pays to sort: below, computing every expert for every token is as cheap."""
 
 
 class Choice(NamedTuple):
@@ -25,11 +27,12 @@ class Choice(NamedTuple):
 
 
 def choose_dispatcher(
-    *, group: int, hidden: int, num_experts: int, top_k: int, dropless: bool, backend: str | None = None
+    *, tokens: int, group: int, hidden: int, num_experts: int, top_k: int, dropless: bool, backend: str | None = None
 ) -> Choice:
     """A dispatcher for a layer; what it goes by on CPUs, benchmarks/moe_layer.py --part crossover measures.
 
     Args:
+        tokens: that a device routes at once.
         group: tokens that compete for slots, s.
         hidden: hidden units of an expert, h.
         num_experts: e.
@@ -38,11 +41,8 @@ def choose_dispatcher(
         backend: "cpu", "gpu" or "tpu"; default: the one in use.
     """
     backend = backend or jax.default_backend()
-    spare = num_experts / top_k
-    if dropless and group > 1 and backend != "cpu" and has_fast_kernel(backend):
-        return Choice(Ragged(), "ragged: dropless, and a grouped matrix product is installed (tokamax)")
-    if dropless and group > 1 and backend == "cpu" and spare >= RAGGED_FROM:
-        return Choice(Ragged(), f"ragged: dropless slots would be {spare:.0f} times the choices")
+    if dropless and tokens >= RAGGED_FROM and has_fast_kernel(backend):
+        return Choice(Ragged(), f"ragged: dropless, where slots would be {num_experts / top_k:g} times the choices")
     if backend == "tpu" and group / hidden <= EINSUM_BELOW:
         return Choice(Einsum(), f"einsum: S/H = {group / hidden:.2f}, so one-hot products cost little")
     return Choice(
@@ -67,8 +67,9 @@ class Auto:
         return self._chosen(routing).combine(expert_out, routing)
 
     def _chosen(self, routing: Routing) -> Dispatcher:
-        _, s, k = routing.experts.shape
+        g, s, k = routing.experts.shape
         chosen = choose_dispatcher(
+            tokens=g * s // math.prod(map(axis_size, RULES["group"])),
             group=s,
             hidden=self.hidden,
             num_experts=routing.num_experts,

@@ -12,8 +12,6 @@ from gshardx.layers.dispatch.exchange import Compact, offsets, offsets_back
 from gshardx.sharding import MeshConfig, build_mesh
 from tests.layers.test_moe import assert_equal, inputs, layer, loss_and_gradients
 
-pytestmark = pytest.mark.filterwarnings("ignore:ragged_dot is slower")
-
 
 def carried(buffers, rooms, trips):
     """``ragged_all_to_all`` as its documentation says it, one device and one run of rows at a time."""
