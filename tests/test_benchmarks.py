@@ -20,6 +20,7 @@ def output(script, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_memory_of_the_layer():
     found = json.loads(output("moe_layer.py", "--part", "memory", "--small", "--json"))
     assert [row["s"] for row in found["rows"]] == [16, 64]

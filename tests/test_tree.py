@@ -38,3 +38,15 @@ def test_only_the_store_knows_orbax():
 
 def test_files_stay_under_400_lines():
     assert [f for f in FILES if f.read_text().count("\n") > 400] == []
+
+
+def test_the_moe_core_stays_small():
+    layers = PACKAGE / "layers"
+    core = [
+        layers / "routing" / "contract.py",
+        *(layers / "dispatch").glob("*.py"),
+        layers / "balance.py",
+        layers / "moe.py",
+    ]
+    assert sum(file.read_text().count("\n") for file in core) < 900
+    assert [f for f in (layers / "routing").glob("*.py") if f.read_text().count("\n") > 150] == []

@@ -1,12 +1,11 @@
 """Losses and updates that keep the experts' loads even.
 
 One convention: a balance loss is 1.0 a layer at perfect balance, whatever the number of experts, choices, groups or
-devices; :data:`AT_BALANCE` converts coefficients from other conventions. Shares count choices before any is dropped,
-gradients flow through the mean gates alone, and padding counts nowhere.
+devices (layers/conventions.py converts others). Shares count choices before any is dropped, gradients flow through the
+mean gates alone, and padding counts nowhere.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Literal, NamedTuple, Protocol
 
 import jax
@@ -105,9 +104,7 @@ class ZLoss:
 
 @dataclasses.dataclass(frozen=True)
 class ImportanceLoss:
-    """Squared coefficient of variation of the experts' summed gates over the batch (arXiv 1701.06538 eq. 6); 0 at
-    perfect balance.
-    """
+    """Squared coefficient of variation of the experts' gates, summed over the batch (arXiv 1701.06538 eq. 6)."""
 
     def __call__(self, gating: Gating) -> Float[Array, ""]:
         return cv_squared(_sums(gating, gating.experts)[1].sum(0))
@@ -115,9 +112,8 @@ class ImportanceLoss:
 
 @dataclasses.dataclass(frozen=True)
 class LoadLoss:
-    """Squared coefficient of variation of a smooth load, in V-MoE's form (arXiv 2106.05974 appendix A, after arXiv
-    1701.06538 eq. 10): each expert's chance to reach the k-th best logit with Gaussian noise of this ``deviation`` on
-    its own. 0 at perfect balance.
+    """Squared coefficient of variation of a smooth load, in V-MoE's form (arXiv 2106.05974 appendix A): each expert's
+    chance to reach the k-th best logit with Gaussian noise of this ``deviation`` on its own. At best 0.
     """
 
     deviation: float
@@ -143,27 +139,6 @@ def _sums(
         jnp.where(experts[..., rank, None] == number, real[..., None], 0.0).sum(1) for rank in range(experts.shape[-1])
     )
     return jnp.asarray(chosen), jnp.einsum("gse,gs->ge", gating.gates, real), real.sum(1)
-
-
-Convention = Literal["gshardx", "gshard", "lingvo", "switch", "megatron", "huggingface", "maxtext", "flaxformer"]
-
-AT_BALANCE: Mapping[Convention, str] = {
-    "gshardx": "1",
-    "gshard": "1 / e**2",  # Algorithm 1: (1 / E) sum_e (c_e / S) m_e
-    "lingvo": "1",  # gshard_layers.py, Top2GatingOnLogits: first choices, times E**2
-    "switch": "1",  # arXiv 2101.03961 eq. 4
-    "megatron": "1",  # all choices, divided by k
-    "huggingface": "k",  # load_balancing_loss_func: choices summed over ranks, not divided by k
-    "maxtext": "k",
-    "flaxformer": "k",
-}
-"""What each project's balance loss is at perfect balance, as read in its code."""
-
-
-def coefficient_from(convention: Convention, coefficient: float, num_experts: int, top_k: int) -> float:
-    """Our coefficient that weighs as much as ``coefficient`` does in ``convention``."""
-    value = {"1": 1.0, "k": float(top_k), "1 / e**2": num_experts**-2.0}[AT_BALANCE[convention]]
-    return coefficient * value
 
 
 def bias_update(bias: Float[Array, "e"], load: Float[Array, "e"], rate: float) -> Float[Array, "e"]:

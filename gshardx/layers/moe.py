@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from gshardx.errors import BadInput
 from gshardx.layers.dispatch import Dispatcher
 from gshardx.layers.experts import Experts
 from gshardx.layers.routing import Losses, Router, RouterState, RouterStats
@@ -51,9 +52,6 @@ class MoE(nnx.Module):
         self.beside = beside
         self.group_size = group_size
 
-    def initial_state(self) -> RouterState:
-        return self.router.initial_state()
-
     def __call__(
         self,
         x: Float[Array, "b t m"],
@@ -67,10 +65,12 @@ class MoE(nnx.Module):
         slot for every choice: nothing is dropped, and a token's output depends on no other token.
 
         Args:
-            state: the router's; ``initial_state()`` at first. Routers without one take ``()``.
+            state: the router's; ``router.initial_state()`` at first. Routers without one take ``()``.
         """
         b, t, m = x.shape
         s = t if rng is None else self.group_size or t
+        if b * t % s:
+            raise BadInput(f"x {list(x.shape)}: group_size = {s} does not divide its {b * t} tokens; use a divisor")
         tokens = shard(x.reshape(b * t // s, s, m), "group token model")
         with jax.named_scope("gate"):
             routing = self.router(tokens, valid.reshape(-1, s), rng, state)

@@ -57,7 +57,7 @@ def build_dispatcher(moe: MoEConfig) -> Dispatcher:
         "auto": Auto(moe.hidden, wire),
         "gather": Gather(wire),
         "einsum": Einsum(wire),
-        "ragged": Ragged(),
+        "ragged": Ragged(wire=wire),
     }
     return makers[moe.dispatcher]
 

@@ -35,6 +35,8 @@ from gshardx.layers import (
 from gshardx.layers.balance import BalanceLoss, ZLoss
 from gshardx.layers.shared import nothing
 
+pytestmark = pytest.mark.slow
+
 FIXTURE = Path(__file__).parent.parent / "oracles" / "huggingface.npz"
 ARRAYS = dict(np.load(FIXTURE))
 MASK = ARRAYS["mask"]
@@ -254,7 +256,7 @@ def layer(model: str) -> Callable[[np.ndarray], Any]:
         param = attrgetter(name)(moe)
         assert param.shape == value.shape, name
         param.set_value(jnp.asarray(value))
-    state = moe.initial_state()
+    state = moe.router.initial_state()
     if recipe.state:
         values, also_read = in_our_layout(model, recipe.state, moe.router.num_experts)
         state, read = state._replace(**values), read | also_read

@@ -149,9 +149,11 @@ def test_rematerialisation_repeats_no_all_to_all_if_it_keeps_what_arrived():
 
 
 @pytest.mark.slow
-def test_sorted_rows_travel_with_their_counts_and_room_for_the_worst_case():
+@pytest.mark.parametrize(("option", "wire"), [("same", "f32"), ("bfloat16", "u16")])
+def test_sorted_rows_travel_with_their_counts_and_room_for_the_worst_case(option, wire):
     mesh_config = MeshConfig(data=2, expert=4)
-    sent = collectives(compiled(model(dispatcher="ragged"), mesh_config)[-1].hlo, "all-to-all")
+    sent = collectives(compiled(model(dispatcher="ragged", wire=option), mesh_config)[-1].hlo, "all-to-all")
     per_device = ROWS // mesh_config.batch_shards * LENGTH * 2  # all of its choices, to each of the others
     rows, counts = 4 * per_device * WIDTH, EXPERTS
     assert sorted(sum(n for _, n in sizes) for sizes, _ in sent) == [counts, rows, rows, rows, rows]
+    assert {dtype for sizes, _ in sent for dtype, n in sizes if n > counts} == {wire}

@@ -22,7 +22,7 @@ RAGGED_FROM = 256
 
 
 class Choice(NamedTuple):
-    dispatcher: Dispatcher
+    dispatcher: Einsum | Gather | Ragged
     reason: str
 
 
@@ -54,7 +54,7 @@ def choose_dispatcher(
 class Auto:
     """Chooses by :func:`choose_dispatcher` for the shapes that it meets, when the program is traced.
 
-    hidden: hidden units of an expert. wire: as in :class:`Einsum`, where slots travel.
+    hidden: hidden units of an expert. wire: as in :class:`Einsum`.
     """
 
     hidden: int
@@ -67,13 +67,9 @@ class Auto:
         return self._chosen(routing).combine(expert_out, routing)
 
     def _chosen(self, routing: Routing) -> Dispatcher:
-        g, s, k = routing.experts.shape
+        (g, s, k), e = routing.experts.shape, routing.num_experts
+        here, dropless = g * s // math.prod(map(axis_size, RULES["group"])), routing.capacity == s
         chosen = choose_dispatcher(
-            tokens=g * s // math.prod(map(axis_size, RULES["group"])),
-            group=s,
-            hidden=self.hidden,
-            num_experts=routing.num_experts,
-            top_k=k,
-            dropless=routing.capacity == s,
+            tokens=here, group=s, hidden=self.hidden, num_experts=e, top_k=k, dropless=dropless
         ).dispatcher
-        return dataclasses.replace(chosen, wire=self.wire) if isinstance(chosen, (Einsum, Gather)) else chosen
+        return dataclasses.replace(chosen, wire=self.wire)

@@ -1,18 +1,19 @@
 """Dropless dispatch: rows sorted by expert, without padding between experts (MegaBlocks, arXiv 2211.15841).
 
-Each device sorts its own choices by expert, sends every expert's rows to the device that holds it, and sorts what it
-received by expert again. The way back is the same, mirrored. Choices that a router dropped are not sent.
+Each device sorts its choices by expert, sends every expert's rows to the device that holds it, and sorts what it
+received by expert again; the way back is the same, mirrored. Choices that a router dropped are not sent.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gshardx.layers.dispatch.carry import Wire, carry
 from gshardx.layers.dispatch.contract import Rows
-from gshardx.layers.dispatch.exchange import AXIS, Compact, Exchange, Padded
+from gshardx.layers.dispatch.exchange import AXIS, Compact, Padded
 from gshardx.layers.dispatch.rows import collect, inverse, spread
 from gshardx.layers.routing import Routing
 from gshardx.layers.routing.choice import sort_by_expert
@@ -22,15 +23,13 @@ from gshardx.sharding import axis_size, manual
 class _Journey(NamedTuple):
     """On one device: how rows came from others, and where each stands once sorted by expert."""
 
-    exchange: Exchange
+    exchange: Padded | Compact
     slot: Int[Array, "1 received 1"]
     source: Int[Array, "1 received"]
 
 
 class _Plan(NamedTuple):
-    """On one device: where the choices of its own tokens stand in what leaves it, and the journey from there, if
-    any.
-    """
+    """On one device: where the choices of its own tokens stand in what leaves it, and the journey from there."""
 
     slot: Int[Array, "1 n k"]
     source: Int[Array, "1 sent"]
@@ -43,23 +42,28 @@ class Ragged:
 
     exchange: how rows travel between devices: "compact" (``ragged_all_to_all``), "padded" (a dense all-to-all with room
         for the worst case), or "auto": compact wherever the backend has it.
+    wire: type in which they travel.
     """
 
     exchange: Literal["auto", "compact", "padded"] = "auto"
+    wire: Wire = None
 
     def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Rows:
         devices = axis_size(AXIS)
         compact = self.exchange == "compact" or (self.exchange == "auto" and jax.default_backend() != "cpu")
 
         def send(tokens: Array, experts: Array, weights: Array | None) -> Rows:
-            return _sent(tokens, experts, weights, routing.num_experts, devices, compact)
+            return _sent(tokens, experts, weights, routing.num_experts, devices, compact, self.wire)
 
         experts = jnp.where(routing.keep, routing.experts, routing.num_experts)
         names = ("group token model", "group token choice", "group token choice")
         return manual(send, names, "group")(tokens, experts, routing.input_weights)
 
     def combine(self, expert_out: Rows, routing: Routing) -> Float[Array, "g s m"]:
-        return manual(_returned, ("group", "group token choice"), "group token model")(expert_out, routing.weights)
+        def bring(rows: Rows, weights: Array) -> Array:
+            return _returned(rows, weights, self.wire)
+
+        return manual(bring, ("group", "group token choice"), "group token model")(expert_out, routing.weights)
 
 
 def _sent(
@@ -69,6 +73,7 @@ def _sent(
     num_experts: int,
     devices: int,
     compact: bool,
+    wire: Wire,
 ) -> Rows:
     """On one device: the rows of its own experts, from all devices that share them."""
     (g, s, k), m = experts.shape, tokens.shape[-1]
@@ -79,9 +84,7 @@ def _sent(
         place, sent = jnp.where(ids < num_experts, in_order, len(ids)), len(ids)
     else:
         bound = g * s * min(k, num_experts // devices)
-        exchange: Exchange = (
-            Compact.of(counts, devices, bound, len(ids)) if compact else Padded.of(counts, devices, bound)
-        )
+        exchange = (Compact if compact else Padded).of(counts, devices, bound, len(ids))
         place, sent = exchange.place(in_order, ids), exchange.sent
     slot = place.reshape(1, g * s, k)
     source = inverse(slot, sent)
@@ -91,20 +94,20 @@ def _sent(
         return _on_leading_axis(Rows(rows[0], counts, _Plan(slot, source, None)))
     order, counts = sort_by_expert(exchange.expert_of_received(), num_experts // devices)
     journey = _Journey(exchange, inverse(order[None, :, None], len(order))[..., None], order[None])
-    rows = spread(exchange.there(rows[0])[None], None, journey.slot, journey.source)
+    rows = spread(carry(True, wire, rows[0], exchange)[None], None, journey.slot, journey.source)
     return _on_leading_axis(Rows(rows[0], counts, _Plan(slot, source, journey)))
 
 
-def _returned(expert_out: Rows, weights: Float[Array, "g s k"]) -> Float[Array, "g s m"]:
+def _returned(expert_out: Rows, weights: Float[Array, "g s k"], wire: Wire) -> Float[Array, "g s m"]:
     """On one device: the weighted sums of its own tokens' rows."""
     here = jax.tree.map(lambda leaf: leaf[0], expert_out)
     rows, (slot, source, journey) = here.values[None], here.plan
     if journey is not None:
-        rows = journey.exchange.back(collect(rows, None, journey.slot, journey.source)[0])[None]
+        arrived = collect(rows, None, journey.slot, journey.source)[0]
+        rows = carry(False, wire, arrived, journey.exchange)[None]
     g, s, k = weights.shape
     return collect(rows, weights.reshape(1, g * s, k), slot, source).reshape(g, s, -1)
 
 
 def _on_leading_axis(rows: Rows) -> Rows:
-    stacked: Rows = jax.tree.map(lambda leaf: leaf[None], rows)
-    return stacked
+    return cast(Rows, jax.tree.map(lambda leaf: leaf[None], rows))

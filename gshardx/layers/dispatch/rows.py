@@ -29,7 +29,10 @@ def spread(
 ) -> Float[Array, "g n m"]:
     """Place n is the token that ``source`` names, times the weight of that choice (1 without weights)."""
     rows = _rows(tokens, source // slot.shape[-1])
-    return rows if weights is None else _scaled(rows, _at_source(weights, source))
+    if weights is None:
+        return rows
+    by = _rows(weights.reshape(len(weights), -1, 1), source)
+    return (rows * by).astype(rows.dtype)
 
 
 @jax.custom_vjp
@@ -81,15 +84,6 @@ def _products(
 
 def _rows(x: Float[Array, "g n m"], index: Int[Array, "g i"]) -> Float[Array, "g i m"]:
     return jax.vmap(lambda one, at: one.at[at].get(mode="fill", fill_value=0))(x, index)
-
-
-def _at_source(weights: Float[Array, "g s k"], source: Int[Array, "g n"]) -> Float[Array, "g n"]:
-    flat = weights.reshape(weights.shape[0], -1)
-    return jax.vmap(lambda one, at: one.at[at].get(mode="fill", fill_value=0))(flat, source)
-
-
-def _scaled(rows: Float[Array, "g n m"], by: Float[Array, "g n"]) -> Float[Array, "g n m"]:
-    return (rows * by[..., None]).astype(rows.dtype)
 
 
 def _no_gradient(index: Int[Array, "*i"] | Bool[Array, "*i"]) -> Any:

@@ -1,7 +1,5 @@
 """Rows reach the devices that hold their experts, and return to where they were; the real collective and a stand-in."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +72,7 @@ def test_accelerators_get_the_ragged_collective_forward_and_backward(platform):
         lowered = jax.jit(step).trace(params, inputs()[0]).lower(lowering_platforms=(platform,))
     text = lowered.as_text()
     assert text.count("ragged_all_to_all") >= 4
-    assert not re.search(r"stablehlo\.all_to_all.*xf32>", text), "offsets travel so, rows do not"
+    assert "stablehlo.all_to_all" not in text
 
 
 def test_received_rows_know_their_experts():
