@@ -21,10 +21,11 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def build_optimizer(config: OptimizerConfig, steps: int, axes: Params) -> optax.GradientTransformation:
-    """The update rule; ``axes`` says which parameters are matrices: vectors (norms) do not decay."""
+    """The update rule; ``axes`` says which parameters are matrices: vectors (norms, biases) do not decay."""
 
     def is_matrix(_: Any) -> Any:
-        return jax.tree.map(lambda names: len(set(names) - {"layer"}) > 1, axes, is_leaf=lambda x: isinstance(x, tuple))
+        stacked = {"layer", "expert"}
+        return jax.tree.map(lambda names: len(set(names) - stacked) > 1, axes, is_leaf=lambda x: isinstance(x, tuple))
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

@@ -1,5 +1,7 @@
 """From config to layer: every option reaches its router, and a wrong one is answered in a line."""
 
+from typing import get_args, get_type_hints
+
 import jax
 import pytest
 from flax import nnx
@@ -21,6 +23,10 @@ def complaint(**moe):
     with pytest.raises(BadInput) as caught:
         check_router_options(MoEConfig(**{"num_experts": 8, **moe}))
     return str(caught.value)
+
+
+def test_the_config_lists_the_registry():
+    assert get_args(get_type_hints(MoEConfig)["router"]) == tuple(ROUTERS)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -104,8 +104,9 @@ def test_the_learning_rate_rises_then_falls_to_its_share():
     assert float(rate(55)) == pytest.approx(0.55)
 
 
-def test_matrices_decay_and_norms_do_not(config):
-    job = Job.of(config, 257)
+def test_matrices_decay_and_norms_and_biases_do_not(config):
+    moe = dataclasses.replace(config.model.moe, biases=True)
+    job = Job.of(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), 257)
     optimizer = build_optimizer(dataclasses.replace(config.optimizer, weight_decay=0.5), 10, job.blueprint.axes)
     params = jax.tree.map(lambda a: np.ones(a.shape, np.float32), job.blueprint.params)
     zero = jax.tree.map(np.zeros_like, params)
@@ -117,7 +118,7 @@ def test_matrices_decay_and_norms_do_not(config):
 
     updates = second_update()
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        assert bool(np.any(update)) != ("scale" in str(path)), path
+        assert bool(np.any(update)) != ("scale" in str(path) or "b_" in str(path)), path
 
 
 @pytest.mark.slow
