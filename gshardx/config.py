@@ -62,18 +62,24 @@ class MoEConfig:
     shared: Literal["plain", "gated", "residual"] = "plain"
     """plain: added (DeepSeek); gated: times a sigmoid (Qwen); residual: both weighed by a softmax (PR-MoE)."""
     dispatcher: Literal["auto", "gather", "einsum", "ragged"] = "auto"
-    """gather: by index; einsum: GShard's one-hot form; ragged: sorted rows, dropless; auto says what it chose."""
+    """gather: by index; einsum: GShard's one-hot form; ragged: sorted rows, for dropless; auto says what it chose."""
     wire: Literal["same", "bfloat16"] = "same"
     """Type in which tokens travel between devices."""
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"balance": 0.01})
     """Weights of auxiliary losses: balance (the router's own; 1.0 a layer at balance), first_choice, all_choices,
     batch, device, communication, importance, z."""
     adaptive_balance: bool = False
-    """Let each layer's weight of "balance" follow its drop rate (Skywork-MoE), starting from the one in losses."""
+    """Let each layer's weight of "balance" follow its drop rate (Skywork-MoE), from the one in losses towards at
+    most 0.01."""
 
     def __post_init__(self) -> None:
         _positive("model.moe", self, "num_experts", "top_k", "every", "capacity_factor", "hidden", "group_size")
         _at_least_zero("model.moe", self, "shared_hidden")
+        if self.adaptive_balance and self.capacity_factor is None:
+            raise BadInput(
+                "model.moe.adaptive_balance follows the drop rate, and model.moe.capacity_factor = null drops nothing; "
+                "use one of them"
+            )
         for name, weight in self.losses.items():
             if name not in LOSSES:
                 nearest = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.0)[0]
@@ -110,7 +116,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in; parameters, routers and losses are float32."""
     remat: Literal["none", "full", "keep_all_to_all"] = "none"
-    """What the backward pass makes again to save memory; keep_all_to_all: everything but what came over the network."""
+    """What the backward pass makes again to save memory; keep_all_to_all: all but what came by all-to-all."""
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:

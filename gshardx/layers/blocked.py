@@ -53,14 +53,16 @@ def _backward(saved: Any, gradient: Float[Array, "r b"]) -> tuple[Array, Array, 
         tile, d_tile, expert, used = block
 
         def add() -> tuple[Array, Array]:
-            return d_weights.at[expert].add(tile.T @ d_tile), d_tile @ weights[expert].T
+            product = jnp.dot(tile.T, d_tile, preferred_element_type=jnp.float32)
+            return d_weights.at[expert].add(product), d_tile @ weights[expert].T
 
         return jax.lax.cond(used, add, lambda: (d_weights, jnp.zeros_like(tile)))
 
     d_tiles = _rows(gradient, blocks.row)
-    d_weights, d_rows = jax.lax.scan(step, jnp.zeros_like(weights), (tiles, d_tiles, blocks.expert, blocks.used))
+    per_block = (tiles, d_tiles, blocks.expert, blocks.used)
+    d_weights, d_rows = jax.lax.scan(step, jnp.zeros(weights.shape, jnp.float32), per_block)
     no_gradient = np.zeros(len(weights), jax.dtypes.float0)
-    return _rows(d_rows.reshape(-1, weights.shape[1]), blocks.place), d_weights, no_gradient
+    return _rows(d_rows.reshape(-1, weights.shape[1]), blocks.place), d_weights.astype(weights.dtype), no_gradient
 
 
 blocked_matmul.defvjp(_forward, _backward)

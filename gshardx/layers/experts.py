@@ -178,12 +178,19 @@ def _on_rows(
         rows, counts = values[0], sizes[0]
         pre = tuple(grouped_matmul(rows, w, counts) for w in w_in)
         if b_in:
-            expert = jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(rows))
-            pre = tuple(p + b[expert] for p, b in zip(pre, b_in, strict=True))
+            pre = tuple(p + _of_each_row(b, counts, p) for p, b in zip(pre, b_in, strict=True))
         out = grouped_matmul(activation(*pre), w_out, counts)
         out = jax.lax.psum(out, "tensor") if partial_sums else out
-        return (out if b_out is None else out + b_out[expert])[None]
+        return (out if b_out is None else out + _of_each_row(b_out, counts, out))[None]
 
     axes = ("group", "group", "expert model hidden", "expert hidden", "expert hidden model", "expert model")
     on_each = manual(on_one, axes, "group", check_vma=False)
     return x.with_values(on_each(x.values, x.sizes, w_in, b_in, w_out, b_out))
+
+
+def _of_each_row(biases: Float[Array, "e h"], counts: Int[Array, "e"], like: Float[Array, "r h"]) -> Array:
+    """Its expert's bias for each row, by a one-hot product, so that the gradient is one too and adds up in fp32."""
+    end = jnp.cumsum(counts)
+    row = jnp.arange(len(like), dtype=counts.dtype)[:, None]
+    one_hot = ((row < end) & (row >= end - counts)).astype(jnp.float32)
+    return jnp.dot(one_hot, biases.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST).astype(like.dtype)

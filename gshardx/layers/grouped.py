@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gshardx.layers.blocked import blocked_matmul
@@ -15,16 +16,21 @@ def grouped_matmul(
     rows: Float[Array, "r a"], weights: Float[Array, "e a b"], sizes: Int[Array, "e"]
 ) -> Float[Array, "r b"]:
     """``rows[i] @ weights[expert of i]``; the first ``sizes[0]`` rows are expert 0's, and so on. Rows after the last
-    mean nothing. On accelerators tokamax where it is installed, else ``jax.lax.ragged_dot``; on CPUs blocks.
+    become 0. On accelerators tokamax where it is installed, else ``jax.lax.ragged_dot``; on CPUs blocks.
     """
     backend = jax.default_backend()
     if backend == "cpu":
         return blocked_matmul(rows, weights, sizes)
     if has_fast_kernel(backend):
-        return _tokamax_ragged_dot()(rows, weights, sizes)
+        return _without_rest(_tokamax_ragged_dot()(rows, weights, sizes), sizes)
     if backend == "gpu":
         _warn_about_gpus()
-    return jax.lax.ragged_dot(rows, weights, sizes)
+    return _without_rest(jax.lax.ragged_dot(rows, weights, sizes), sizes)
+
+
+def _without_rest(out: Float[Array, "r b"], sizes: Int[Array, "e"]) -> Float[Array, "r b"]:
+    """0 after the last expert's rows, where a kernel may leave anything."""
+    return jnp.where(jnp.arange(len(out))[:, None] < sizes.sum(), out, 0)
 
 
 def has_fast_kernel(backend: str) -> bool:

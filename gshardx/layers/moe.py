@@ -62,10 +62,8 @@ class MoE(nnx.Module):
         """Padding (``valid`` False) takes no slot, and no routed expert adds to it.
 
         With ``rng`` None (inference) each row is its own group and, unless the router's capacity says otherwise, has a
-        slot for every choice: nothing is dropped, and a token's output depends on no other token.
-
-        Args:
-            state: the router's; ``router.initial_state()`` at first. Routers without one take ``()``.
+        slot for every choice: nothing is dropped, and a token's output depends on no other token. ``state`` is the
+        router's: ``router.initial_state()`` at first, ``()`` for routers without one.
         """
         b, t, m = x.shape
         s = t if rng is None else self.group_size or t

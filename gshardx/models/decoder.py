@@ -32,7 +32,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, vocab: int, *, rngs: nnx.Rngs) -> None:
-        self.config = config
+        self.dtype = config.dtype
         self.embedding = Embedding(vocab, config.width, rngs=rngs)
         units = config.layers // config.moe.every
         self.stack = Stack(lambda rngs: _unit(config, rngs), units, config.remat, rngs=rngs)
@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
             rng: for routers that draw; None at inference, where no token is dropped.
             state: the routers', stacked; ``self.stack.initial_state()`` at first.
         """
-        x = self.embedding(tokens, jnp.dtype(self.config.dtype))
+        x = self.embedding(tokens, jnp.dtype(self.dtype))
         x, memory, metrics = self.stack(x, positions, valid, memory, rng, state)
         return self.final_norm(x), memory, metrics
 

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -62,17 +63,18 @@ def build_dispatcher(moe: MoEConfig) -> Dispatcher:
     return makers[moe.dispatcher]
 
 
-def dispatcher_reason(moe: MoEConfig, tokens: int, sequence_length: int) -> str:
-    """What the dispatcher is in training, and why, in a line; ``tokens`` are those of a step on one device."""
+def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
+    """What the dispatcher is in training, and why, in a line."""
     if moe.dispatcher != "auto":
         return f"{moe.dispatcher}: model.moe.dispatcher says so"
+    group = moe.group_size or sequence_length
+    slots = Capacity(moe.capacity_factor).slots(group, moe.num_experts, moe.top_k, training=True)
     return choose_dispatcher(
-        tokens=tokens,
-        group=moe.group_size or sequence_length,
+        group=group,
         hidden=moe.hidden,
         num_experts=moe.num_experts,
         top_k=moe.top_k,
-        dropless=moe.capacity_factor is None,
+        dropless=slots == group,
     ).reason
 
 
@@ -117,12 +119,18 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
                 raise BadInput(f"{where} = {value}: use one of {', '.join(map(str, get_args(wanted)))}")
         elif isinstance(value, bool) != (wanted is bool) or not isinstance(value, (int, wanted)):
             raise BadInput(f"{where} = {value}: expected {wanted.__name__}")
+        elif not isinstance(value, bool) and not 0 <= value < math.inf:
+            raise BadInput(f"{where} = {value}: must be 0 or more, and finite")
     groups, kept = (int(moe.router_options.get(name, 1)) for name in ("groups", "groups_kept"))
     try:
         check_groups(moe.num_experts, moe.top_k, groups, kept)
     except BadInput as error:
         raise BadInput(f"model.moe.router_options.{error}") from error
     for name in {"device", "communication"} & set(moe.losses):
+        if "groups" not in known:
+            raise BadInput(
+                f"model.moe.losses.{name} needs groups of experts; use model.moe.router top_k or sigmoid_bias"
+            )
         if groups == 1:
             raise BadInput(f"model.moe.losses.{name} needs groups of experts; set model.moe.router_options.groups")
     return dict(moe.router_options)

@@ -105,9 +105,7 @@ def run_steps(
     if first >= config.train.steps:
         say(f"{run.path} has reached step {first} of {config.train.steps}; raise --train.steps to go on")
         return Ended(state, first, None)
-    length = config.data.sequence_length
-    tokens = config.train.batch_size // config.mesh.batch_shards * length
-    say(f"dispatcher {dispatcher_reason(config.model.moe, tokens, length)}")
+    say(f"dispatcher {dispatcher_reason(config.model.moe, config.data.sequence_length)}")
     say(f"compiling for mesh {config.mesh}")
     step_program, _ = job.train_step, job.eval_step
     wait = one_program_at_a_time(job.mesh)

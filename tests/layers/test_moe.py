@@ -236,17 +236,18 @@ def test_shared_experts_join_as_their_formulas_say():
         assert float(jnp.abs(dense).max()) > 0.01
 
 
-def test_bfloat16_on_the_wire_rounds_what_travels_and_nothing_else():
+@pytest.mark.parametrize("kind", [Gather, Einsum, partial(Ragged, "padded")], ids=["gather", "einsum", "ragged"])
+def test_bfloat16_on_the_wire_rounds_what_travels_and_nothing_else(kind):
     x, valid = inputs()
-    exact, _ = jax.jit(layer(Gather()))(x, valid, jax.random.key(0))
-    for dispatcher in (Gather(jnp.bfloat16), Einsum(jnp.bfloat16)):
-        out, _ = jax.jit(layer(dispatcher))(x, valid, jax.random.key(0))
-        assert out.dtype == jnp.float32
-        assert 1e-5 < float(jnp.abs(out - exact).max()) < 0.05
-        moe = layer(dispatcher)
-        routing = moe.router(x, valid, jax.random.key(0))
-        sent = np.asarray(moe.dispatcher.dispatch(x, routing))
-        np.testing.assert_array_equal(sent, sent.astype(jnp.bfloat16).astype(np.float32))
+
+    def out(wire, mesh_config):
+        with jax.set_mesh(build_mesh(mesh_config)):
+            return jax.block_until_ready(jax.jit(layer(kind(wire=wire)))(x, valid, jax.random.key(0))[0])
+
+    exact, rounded = (out(wire, MeshConfig(expert=8)) for wire in (None, jnp.bfloat16))
+    assert rounded.dtype == jnp.float32
+    assert 1e-5 < float(jnp.abs(rounded - exact).max()) < 0.05
+    np.testing.assert_array_equal(out(jnp.bfloat16, MeshConfig(data=8)), out(None, MeshConfig(data=8)))
 
 
 def test_groups_that_do_not_divide_the_tokens_are_named():

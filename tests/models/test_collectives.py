@@ -139,13 +139,15 @@ def test_bfloat16_on_the_wire_halves_the_bytes_both_ways(dispatcher):
 
 
 @pytest.mark.slow
-def test_rematerialisation_repeats_no_all_to_all_if_it_keeps_what_arrived():
-    mesh_config = MeshConfig(expert=8)
-    kept = compiled(dataclasses.replace(model(), remat="keep_all_to_all"), mesh_config)[-1].hlo
-    check_all_to_alls(kept, mesh_config)
-    assert "rematted_computation" in kept
-    full = compiled(dataclasses.replace(model(), remat="full"), mesh_config)[-1].hlo
-    assert len(collectives(full, "all-to-all")) == 6, "the names must be what makes the difference"
+@pytest.mark.parametrize(("dispatcher", "without", "repeated"), [("gather", 4, 6), ("ragged", 5, 8)])
+def test_rematerialisation_repeats_no_all_to_all_if_it_keeps_what_arrived(dispatcher, without, repeated):
+    found = {}
+    for remat in ("keep_all_to_all", "full"):
+        config = dataclasses.replace(model(dispatcher=dispatcher), remat=remat)
+        hlo = compiled(config, MeshConfig(data=2, expert=4))[-1].hlo
+        found[remat] = len(collectives(hlo, "all-to-all"))
+        assert "rematted_computation" in hlo
+    assert found == {"keep_all_to_all": without, "full": repeated}, "the names must be what makes the difference"
 
 
 @pytest.mark.slow

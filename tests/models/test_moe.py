@@ -66,6 +66,8 @@ def test_losses_are_the_routers_own_and_those_that_are_weighed():
         ({"router": "switch"}, ["top_k = 2", "use top_k 1"]),
         ({"router": "top_k", "router_options": {"groups": 3}}, ["groups = 3", "num_experts = 8"]),
         ({"router": "top_k", "router_options": {"groups": 8}}, ["groups_kept = 1", "use 2"]),
+        ({"router_options": {"threshold": -1.0}}, ["threshold = -1.0", "0 or more"]),
+        ({"losses": {"device": 0.1}}, ["losses.device", "top_k or sigmoid_bias"]),
         ({"router": "top_k", "losses": {"device": 0.1}}, ["losses.device", "router_options.groups"]),
     ],
     ids=str,
@@ -98,6 +100,6 @@ def test_dispatchers_and_dense_networks_by_name():
 
 def test_the_reason_of_the_choice_is_a_line():
     assert jax.default_backend() == "cpu"
-    assert dispatcher_reason(MoEConfig(hidden=128), 4096, 256) == "gather: S/H = 2.00 on cpu"
-    assert "says so" in dispatcher_reason(MoEConfig(dispatcher="einsum"), 4096, 256)
-    assert "dropless" in dispatcher_reason(MoEConfig(capacity_factor=None), 4096, 256)
+    assert dispatcher_reason(MoEConfig(hidden=128), 256) == "gather: S/H = 2.00 on cpu"
+    assert "says so" in dispatcher_reason(MoEConfig(dispatcher="einsum"), 256)
+    assert "dropless" in dispatcher_reason(MoEConfig(capacity_factor=None), 256)

@@ -14,19 +14,23 @@ def route(
     s, e = logits.shape
     affinity = [[1 / (1 + math.exp(-float(x))) for x in row] for row in logits]
     gates = [[x / sum(row) for x in row] for row in affinity]
-    margin = choice.order_margin(gates, priority)
-    experts, weights = np.zeros((s, k), int), np.zeros((s, k))
+    margin = math.inf
+    experts, unbiased, weights = np.zeros((s, k), int), np.zeros((s, k), int), np.zeros((s, k))
     for token in range(s):
         biased = [x + float(b) for x, b in zip(affinity[token], bias, strict=True)]
         experts[token] = choice.best_in_groups(biased, k, groups, groups_kept, best_of=2)
         margin = min(margin, choice.gap(biased), choice.gap(choice.group_scores(biased, groups, 2)))
+        unbiased[token] = choice.best(affinity[token], k)
+        margin = min(margin, choice.gap(affinity[token]))
         weights[token] = [affinity[token][expert] for expert in experts[token]]
         if renormalise:
             weights[token] /= weights[token].sum()
+    first = [[gates[token][experts[token, 0]]] for token in range(s)]
+    margin = min(margin, choice.order_margin(first, priority))
     wanted = np.repeat(np.asarray(valid)[:, None], k, axis=1)
-    slots, load = choice.number(experts, wanted, e, choice.token_order(gates, priority))
+    slots, load = choice.number(experts, wanted, e, choice.token_order(first, priority))
     keep = wanted & (slots < capacity)
-    losses = {"balance": choice.balance(gates, experts, valid), "z": choice.z(logits, valid)}
+    losses = {"balance": choice.balance(gates, unbiased, valid), "z": choice.z(logits, valid)}
     return choice.Routed(experts, wanted, slots, keep, scale * weights * keep, losses, int(np.sum(valid)), margin), load
 
 

@@ -6,11 +6,18 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from gshardx.sharding import axis_size
+
 Wire = DTypeLike | None
 """Type in which values travel, for example ``jnp.bfloat16``; None: as they are."""
+
+
+ALL_TO_ALL_RESULTS = ("moe_at_experts", "moe_at_groups", "moe_counts")
+"""Names (``jax.ad_checkpoint``) of what arrives from other devices: rematerialisation that saves these repeats none."""
 
 
 class Crossing(Protocol):
@@ -21,12 +28,15 @@ class Crossing(Protocol):
     def back(self, x: Array) -> Array: ...
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def carry(there: bool, wire: Wire, x: Array, crossing: Crossing) -> Array:
-    """``crossing.there(x)`` or ``.back(x)``; the gradient travels the other way, in the same type.
+    """``crossing.there(x)`` or ``.back(x)``, named for rematerialisation; the gradient travels the other way."""
+    wire = wire if axis_size("expert") > 1 else None
+    return checkpoint_name(_carry(there, wire, x, crossing), ALL_TO_ALL_RESULTS[0 if there else 1])
 
-    A narrower ``wire`` travels as its bits: as numbers, XLA's CPU compiler would widen them again before they leave.
-    """
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _carry(there: bool, wire: Wire, x: Array, crossing: Crossing) -> Array:
+    """A narrower ``wire`` travels as bits: as numbers, XLA's CPU compiler would widen them again before they leave."""
     send = crossing.there if there else crossing.back
     if wire is None:
         return send(x)
@@ -35,12 +45,12 @@ def carry(there: bool, wire: Wire, x: Array, crossing: Crossing) -> Array:
 
 
 def _forward(there: bool, wire: Wire, x: Array, crossing: Crossing) -> tuple[Array, Crossing]:
-    return carry(there, wire, x, crossing), crossing
+    return _carry(there, wire, x, crossing), crossing
 
 
 def _backward(there: bool, wire: Wire, crossing: Crossing, gradient: Array) -> tuple[Array, Any]:
     nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), crossing)
-    return carry(not there, wire, gradient, crossing), nothing
+    return _carry(not there, wire, gradient, crossing), nothing
 
 
-carry.defvjp(_forward, _backward)
+_carry.defvjp(_forward, _backward)

@@ -31,9 +31,7 @@ class Rows:
 
 
 class Dispatcher(Protocol):
-    """Sends tokens to their experts and brings the results back, weighted. ``combine`` gets what ``dispatch`` gave, in
-    the same form, after the experts.
-    """
+    """Sends tokens to their experts; ``combine`` brings back, weighted, what the experts made of what was sent."""
 
     def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Slots | Rows: ...
 

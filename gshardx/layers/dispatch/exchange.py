@@ -1,15 +1,17 @@
 """Carrying rows that are sorted by expert to the devices that hold the experts, and back.
 
-Runs on each device (inside ``manual``), over the mesh axis ``expert`` of d devices, each with an equal part of the
-experts. A device may receive every choice that the others could make, so that much room is set aside: ``bound`` rows
-from each.
+Runs on each of the d devices along ``expert`` (inside ``manual``), each with an equal part of the experts. A device may
+receive every choice that the others could make, so there is room for it: ``bound`` rows from each.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from gshardx.layers.dispatch.carry import ALL_TO_ALL_RESULTS
 
 AXIS = "expert"
 
@@ -50,6 +52,7 @@ class Padded:
     def expert_of_received(self) -> Int[Array, "received"]:
         """This device's own number of each received row's expert; its number of experts for empty places."""
         arriving = jax.lax.all_to_all(self.counts, AXIS, split_axis=0, concat_axis=0, tiled=True)
+        arriving = checkpoint_name(arriving, ALL_TO_ALL_RESULTS[2])
         offset = jnp.arange(self.bound, dtype=jnp.int32)
         ends = jnp.cumsum(arriving, axis=1)
         return jnp.sum(offset[None, :, None] >= ends[:, None, :], axis=-1).reshape(-1)
@@ -67,7 +70,8 @@ class Compact:
 
     @classmethod
     def of(cls, counts: Int[Array, "e"], devices: int, bound: int, rows: int) -> "Compact":
-        return cls(jax.lax.all_gather(counts.reshape(devices, -1), AXIS), bound, rows)
+        everybodys = jax.lax.all_gather(counts.reshape(devices, -1), AXIS)
+        return cls(checkpoint_name(everybodys, ALL_TO_ALL_RESULTS[2]), bound, rows)
 
     def place(self, in_order: Int[Array, "n"], experts: Int[Array, "n"]) -> Int[Array, "n"]:
         _, devices, each = self.counts.shape

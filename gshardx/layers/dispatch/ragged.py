@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gshardx.errors import BadInput
 from gshardx.layers.dispatch.carry import Wire, carry
 from gshardx.layers.dispatch.contract import Rows
 from gshardx.layers.dispatch.exchange import AXIS, Compact, Padded
@@ -50,6 +51,8 @@ class Ragged:
 
     def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Rows:
         devices = axis_size(AXIS)
+        if routing.num_experts % devices:
+            raise BadInput(f"{routing.num_experts} experts do not divide over mesh axis {AXIS} = {devices}")
         compact = self.exchange == "compact" or (self.exchange == "auto" and jax.default_backend() != "cpu")
 
         def send(tokens: Array, experts: Array, weights: Array | None) -> Rows:
@@ -103,8 +106,8 @@ def _returned(expert_out: Rows, weights: Float[Array, "g s k"], wire: Wire) -> F
     here = jax.tree.map(lambda leaf: leaf[0], expert_out)
     rows, (slot, source, journey) = here.values[None], here.plan
     if journey is not None:
-        arrived = collect(rows, None, journey.slot, journey.source)[0]
-        rows = carry(False, wire, arrived, journey.exchange)[None]
+        leaving = collect(rows, None, journey.slot, journey.source)[0]
+        rows = carry(False, wire, leaving, journey.exchange)[None]
     g, s, k = weights.shape
     return collect(rows, weights.reshape(1, g * s, k), slot, source).reshape(g, s, -1)
 

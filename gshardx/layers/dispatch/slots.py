@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gshardx.layers.dispatch.carry import Wire, carry
@@ -13,9 +12,7 @@ from gshardx.layers.dispatch.rows import collect, inverse, spread
 from gshardx.layers.routing import Routing
 from gshardx.sharding import reshard
 
-ALL_TO_ALL_RESULTS = ("moe_at_experts", "moe_at_groups")
-"""Names (``jax.ad_checkpoint``) of what arrives by all-to-all: rematerialisation that saves these repeats none."""
-
+_EXACT = jax.lax.Precision.HIGHEST  # or accelerators would round what is only moved
 _AT_GROUPS, _AT_EXPERTS = "experts_here group slot model", "expert expert_group slot model"
 
 
@@ -41,15 +38,16 @@ class Einsum:
     wire: Wire = None
 
     def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Slots:
-        mask = jnp.einsum("gskec->gsec", _one_hot(routing))
-        if routing.input_weights is not None:
-            mask = jnp.einsum("gskec,gsk->gsec", _one_hot(routing), routing.input_weights)
-        return _to_experts(jnp.einsum("gsec,gsm->gecm", mask.astype(tokens.dtype), tokens), self.wire)
+        weights = jnp.ones_like(routing.weights) if routing.input_weights is None else routing.input_weights
+        mask = jnp.einsum("gskec,gsk->gsec", _one_hot(routing), weights)
+        rows = jnp.einsum("gsec,gsm->gecm", mask, tokens.astype(jnp.float32), precision=_EXACT)
+        return _to_experts(rows.astype(tokens.dtype), self.wire)
 
     def combine(self, expert_out: Slots, routing: Routing) -> Float[Array, "g s m"]:
         weighted = jnp.einsum("gskec,gsk->gsec", _one_hot(routing), routing.weights)
         rows = _to_groups(expert_out, self.wire)
-        return jnp.einsum("gsec,gecm->gsm", weighted, rows.astype(jnp.float32)).astype(expert_out.dtype)
+        out = jnp.einsum("gsec,gecm->gsm", weighted, rows.astype(jnp.float32), precision=_EXACT)
+        return out.astype(expert_out.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +73,11 @@ class Gather:
 
 
 def _to_experts(rows: Float[Array, "g e c m"], wire: Wire) -> Slots:
-    return checkpoint_name(carry(True, wire, rows.transpose(1, 0, 2, 3), _Boundary()), ALL_TO_ALL_RESULTS[0])
+    return carry(True, wire, rows.transpose(1, 0, 2, 3), _Boundary())
 
 
 def _to_groups(expert_out: Slots, wire: Wire) -> Float[Array, "g e c m"]:
-    return checkpoint_name(carry(False, wire, expert_out, _Boundary()), ALL_TO_ALL_RESULTS[1]).transpose(1, 0, 2, 3)
+    return carry(False, wire, expert_out, _Boundary()).transpose(1, 0, 2, 3)
 
 
 def _one_hot(routing: Routing) -> Float[Array, "g s k e c"]:

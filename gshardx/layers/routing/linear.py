@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from gshardx.errors import BadInput
 from gshardx.layers.balance import BalanceLoss, Gating, Loss, ZLoss
 from gshardx.layers.param import param
-from gshardx.layers.routing.choice import Capacity, Priority, assign_slots
+from gshardx.layers.routing.choice import Capacity, Priority, assign_slots, take
 from gshardx.layers.routing.contract import RouterState, Routing
 from gshardx.layers.routing.statistics import count
 from gshardx.sharding import shard
@@ -72,6 +72,7 @@ class LinearRouter(nnx.Module):
         weights: Float[Array, "g s k"],
         *,
         training: bool,
+        judged: Gating | None = None,
         counted: Bool[Array, "g s"] | None = None,
         wanted: Bool[Array, "g s k"] | None = None,
         accepted: Bool[Array, "g s k"] | bool = True,
@@ -80,9 +81,10 @@ class LinearRouter(nnx.Module):
         """Slots, losses and statistics for chosen experts.
 
         Args:
-            gating: the decision; its gates' first choice sets the priority "gate".
+            gating: the decision; the gate of its first choice sets the priority "gate".
             weights: of the choices; those of choices that are not kept become 0.
             training: which capacity holds.
+            judged: what losses see; default: the decision.
             counted: tokens that statistics count; default: those that losses do.
             wanted: choices that take a slot; default: every choice of a real token.
             accepted: choices that use the slot that they took.
@@ -101,7 +103,7 @@ class LinearRouter(nnx.Module):
             keep=keep,
             weights=weights * keep,
             input_weights=None,
-            losses={name: loss(gating) for name, loss in self.losses},
+            losses={name: loss(judged or gating) for name, loss in self.losses},
             stats=count(gating.logits, gating.gates, wanted & accepted, keep, load, counted, capacity),
             state=state,
             num_experts=self.num_experts,
@@ -109,7 +111,7 @@ class LinearRouter(nnx.Module):
         )
 
     def _priority(self, gating: Gating) -> Float[Array, "g s"] | None:
-        return gating.gates.max(-1) if self.priority == "gate" else None
+        return take(gating.gates, gating.experts[..., :1])[..., 0] if self.priority == "gate" else None
 
 
 def normalised(weights: Float[Array, "g s k"], epsilon: float = 1e-9) -> Float[Array, "g s k"]:

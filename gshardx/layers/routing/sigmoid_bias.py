@@ -5,8 +5,9 @@
     w_i = scale * s_i / sum_chosen s                      b is not part of the weights
     after each step: b_e += rate * sign(mean load - load_e), loads counted over the whole mesh
 
-The sequence-wise loss of the paper is "balance" with sequences as groups; its gates are s / sum_e s. Llama 4 is
-``top_k=1, renormalise=False, weigh="input", rate=0``: the weight multiplies the expert's input.
+The sequence-wise loss of the paper (eq. 17-20) is "balance" with sequences as groups; its gates are s / sum_e s, and it
+counts the k largest s, without bias and groups: else it would fall silent once the bias has evened the loads. Llama 4
+is ``top_k=1, renormalise=False, weigh="input", rate=0``: the weight multiplies the expert's input.
 """
 
 import dataclasses
@@ -78,7 +79,8 @@ class SigmoidBiasRouter(LinearRouter):
         if self.renormalise:
             weights = normalised(weights, 1e-20)
         gating = Gating(logits, normalised(scores, 1e-20), experts, valid)
-        routing = self.route(gating, weights * self.scale, training=rng is not None)
+        unbiased = gating._replace(experts=top_k(scores, self.top_k))  # the paper's eq. 18 counts these
+        routing = self.route(gating, weights * self.scale, training=rng is not None, judged=unbiased)
         state = BiasState(state.bias, state.load + routing.stats.load)
         if self.weigh == "input":
             ones = routing.keep.astype(jnp.float32)
