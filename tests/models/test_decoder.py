@@ -66,8 +66,6 @@ def test_hlo_size_does_not_grow_with_depth():
 @pytest.mark.parametrize(
     "mesh_config",
     [
-        MeshConfig(expert=8),
-        MeshConfig(data=2, expert=4),
         MeshConfig(data=2, fsdp=2, expert=2),
         MeshConfig(expert=4, tensor=2),
         MeshConfig(fsdp=4, tensor=2),
