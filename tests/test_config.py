@@ -102,6 +102,18 @@ def test_a_contradiction_names_both_values_and_mends_that_work(case):
         build({**values, name: value})
 
 
+def test_weights_that_follow_drops_need_drops():
+    message = complaint({"model.moe.adaptive_balance": True, "model.moe.capacity_factor": None})
+    assert "model.moe.adaptive_balance" in message
+    assert "model.moe.capacity_factor = null" in message
+
+
+@pytest.mark.parametrize("losses", [{"balanc": 1.0}, {"balance": -1.0}, {"z": float("nan")}], ids=str)
+def test_a_loss_is_known_and_its_weight_a_weight(losses):
+    message = complaint({"model.moe.losses": losses})
+    assert f"model.moe.losses.{next(iter(losses))}" in message
+
+
 def test_a_vocabulary_too_small_for_the_bytes_names_the_smallest():
     message = complaint({"data.vocab_size": 256})
     assert "data.vocab_size = 256" in message

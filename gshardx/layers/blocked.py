@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 64
-"""Rows of a block; larger ones waste more on fine-grained experts (benchmarks/moe_layer.py --part crossover)."""
+"""Rows of a block: enough to make a matrix product efficient, few enough that e partly empty blocks cost little."""
 
 
 class _Blocks(NamedTuple):

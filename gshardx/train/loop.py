@@ -27,7 +27,6 @@ from gshardx.train.run_dir import RunDir
 from gshardx.train.state import TrainState
 from gshardx.train.step import StepMetrics
 from gshardx.train.text import Text, read_text
-from gshardx.train.trace import write_trace
 
 
 def train(config: Config, run: RunDir, command: str) -> int:
@@ -116,7 +115,7 @@ def run_steps(
             batch = next(rows)
             state, metrics = step_program(state, job.to_device(batch))
             if metrics.experts is not None and last % config.train.trace_every == 0:
-                write_trace(run.routing, last, batch, metrics.experts)
+                trackers.trace(last, batch, metrics.experts)
             meter.put(last, metrics._replace(experts=None))
             if wait:
                 jax.block_until_ready(state)

@@ -12,13 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 import rich.progress
+from jaxtyping import Array, Int
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from gshardx.data.pipeline import Rows
 from gshardx.layers.routing.statistics import describe
 from gshardx.train.run_dir import RunDir
 from gshardx.train.step import StepMetrics
+from gshardx.train.trace import write_trace
 
 Scalars = dict[str, float]
 
@@ -62,11 +65,11 @@ def step_scalars(
 
 
 class Trackers:
-    """Writes scalars to metrics.jsonl and TensorBoard. Their failure is said once and never ends a run."""
+    """Writes scalars to metrics.jsonl and TensorBoard, and traces. Their failure is said once and never ends a run."""
 
     def __init__(self, run: RunDir, first_step: int) -> None:
         """Lines of steps from ``first_step`` on (left by a run that went further than its checkpoint) are dropped."""
-        self._active = jax.process_index() == 0
+        self._active, self._routing = jax.process_index() == 0, run.routing
         if not self._active:
             return
         try:
@@ -84,6 +87,15 @@ class Trackers:
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
             self._board.write(step, scalars)
+        except OSError as error:
+            self._give_up(error)
+
+    def trace(self, step: int, rows: Rows, experts: Int[Array, "layer b t k"]) -> None:
+        """Write a routing trace."""
+        if not self._active:
+            return
+        try:
+            write_trace(self._routing, step, rows, experts)
         except OSError as error:
             self._give_up(error)
 

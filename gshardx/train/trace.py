@@ -1,8 +1,7 @@
 """Routing traces: which experts each token chose, by layer, for studies of placement and caching.
 
 RUN_DIR/routing/STEP.npz holds ``tokens`` and ``segments`` ``[b, t]`` (segment 0 is padding) and ``experts``
-``[layer, b, t, k]``, in the smallest integers that hold them, compressed. All choices
-are listed, kept or not.
+``[layer, b, t, k]``, in the smallest integers that hold them, compressed. All choices are listed, kept or not.
 """
 
 from pathlib import Path
@@ -21,13 +20,13 @@ class Trace(NamedTuple):
 
 
 def write_trace(folder: Path, step: int, rows: Rows, experts: Int[Array, "layer b t k"]) -> Path:
-    """Write RUN_DIR/routing/STEP.npz and return its path."""
+    """Write RUN_DIR/routing/STEP.npz, whole or not at all, and return its path."""
     folder.mkdir(exist_ok=True)
-    path = folder / f"{step}.npz"
+    path, scratch = folder / f"{step}.npz", folder / "unfinished.npz"
     arrays = {"tokens": rows["tokens"], "segments": rows["segments"], "experts": np.asarray(experts)}
     smallest: Any = {name: _smallest(array) for name, array in arrays.items()}
-    np.savez_compressed(path, **smallest)
-    return path
+    np.savez_compressed(scratch, **smallest)
+    return scratch.replace(path)
 
 
 def read_trace(path: Path) -> Trace:

@@ -81,6 +81,21 @@ class Model(NamedTuple):
     balance: BalanceLoss = BalanceLoss(choices="all", over="batch")
 
 
+def softmax_router(options, **common):
+    """Qwen's and OLMoE's."""
+    experts, top_k = options["num_experts"], options["num_experts_per_tok"]
+    return TopKRouter(WIDTH, experts, top_k, renormalise=options["norm_topk_prob"], **common)
+
+
+def deepseek_router(kind, options, **more):
+    scale = options["routed_scaling_factor"]
+    return kind(WIDTH, options["n_routed_experts"], options["num_experts_per_tok"], scale=scale, **more)
+
+
+def in_groups(options):
+    return {"groups": options["n_group"], "groups_kept": options["topk_group"]}
+
+
 def deepseek_shared(options, rngs):
     hidden = options["n_shared_experts"] * options["moe_intermediate_size"]
     return Shared(FeedForward(WIDTH, hidden, "swiglu", rngs=rngs))
@@ -93,9 +108,7 @@ MODELS = {
         weights={**ROUTER, **EXPERTS},
     ),
     "qwen2_moe": Model(
-        router=lambda o, **common: TopKRouter(
-            WIDTH, o["num_experts"], o["num_experts_per_tok"], renormalise=o["norm_topk_prob"], **common
-        ),
+        router=softmax_router,
         beside=lambda o, rngs: GatedShared(
             WIDTH, FeedForward(WIDTH, o["shared_expert_intermediate_size"], "swiglu", rngs=rngs), rngs=rngs
         ),
@@ -107,54 +120,27 @@ MODELS = {
         },
     ),
     "qwen3_moe": Model(
-        router=lambda o, **common: TopKRouter(
-            WIDTH, o["num_experts"], o["num_experts_per_tok"], renormalise=o["norm_topk_prob"], **common
-        ),
+        router=softmax_router,
         weights={**ROUTER, **EXPERTS},
     ),
     "olmoe": Model(
-        router=lambda o, **common: TopKRouter(
-            WIDTH, o["num_experts"], o["num_experts_per_tok"], renormalise=o["norm_topk_prob"], **common
-        ),
+        router=softmax_router,
         hidden="intermediate_size",
         weights={**ROUTER, **EXPERTS},
     ),
     "deepseek_v2_greedy": Model(
-        router=lambda o, **common: TopKRouter(
-            WIDTH,
-            o["n_routed_experts"],
-            o["num_experts_per_tok"],
-            renormalise=False,
-            scale=o["routed_scaling_factor"],
-            **common,
-        ),
+        router=lambda o, **common: deepseek_router(TopKRouter, o, renormalise=False, **common),
         beside=deepseek_shared,
         weights={**ROUTER, **EXPERTS, **shared_expert("shared_experts")},
     ),
     "deepseek_v2_groups": Model(
-        router=lambda o, **common: TopKRouter(
-            WIDTH,
-            o["n_routed_experts"],
-            o["num_experts_per_tok"],
-            renormalise=False,
-            scale=o["routed_scaling_factor"],
-            groups=o["n_group"],
-            groups_kept=o["topk_group"],
-            **common,
-        ),
+        router=lambda o, **common: deepseek_router(TopKRouter, o, renormalise=False, **in_groups(o), **common),
         beside=deepseek_shared,
         weights={**ROUTER, **EXPERTS, **shared_expert("shared_experts")},
     ),
     "deepseek_v3": Model(
-        router=lambda o, **common: SigmoidBiasRouter(
-            WIDTH,
-            o["n_routed_experts"],
-            o["num_experts_per_tok"],
-            renormalise=o["norm_topk_prob"],
-            scale=o["routed_scaling_factor"],
-            groups=o["n_group"],
-            groups_kept=o["topk_group"],
-            **common,
+        router=lambda o, **common: deepseek_router(
+            SigmoidBiasRouter, o, renormalise=o["norm_topk_prob"], **in_groups(o), **common
         ),
         beside=deepseek_shared,
         weights={**ROUTER, **EXPERTS, **shared_expert("shared_experts")},

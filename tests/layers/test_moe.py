@@ -155,7 +155,7 @@ def test_every_router_and_dispatcher_gives_on_every_mesh_what_one_device_gives(m
     for router in ROUTERS:
         for dispatcher in DISPATCHERS:
             name = f"{router} {type(dispatcher).__name__}"
-            steps[name], params[name] = loss_and_gradients(layer(dispatcher, router, beside="gated"))
+            steps[name], params[name] = loss_and_gradients(layer(dispatcher, router, biases=True, beside="gated"))
 
     def all_of_them(params, x):
         return {name: step(params[name], x) for name, step in steps.items()}

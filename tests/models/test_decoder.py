@@ -111,6 +111,11 @@ def test_padding_and_packing_change_no_loss():
     assert cost([[two, one]]) == pytest.approx(packed, rel=1e-6)
 
 
+def test_a_models_structure_can_be_hashed():
+    first, second = (blueprint(model(losses={"z": 0.1}), VOCAB, build_mesh(MeshConfig())).graph for _ in range(2))
+    assert hash(first) == hash(second)
+
+
 def test_layers_repeat_dense_and_moe_blocks():
     plan = blueprint(model(every=2), VOCAB, build_mesh(MeshConfig()))
     units = plan.params["stack"]["units"]

@@ -85,6 +85,16 @@ def test_dropped_choices_are_no_useful_flops():
     assert scalars()["perf/useful_tflops_per_second"] == pytest.approx(6000 / 1e12)
 
 
+def test_a_trace_that_cannot_be_written_is_said_once_and_ends_no_run(tmp_path, capsys):
+    trackers = Trackers(RunDir(tmp_path), 1)
+    (tmp_path / "routing").write_text("not a folder")
+    rows = {"tokens": np.zeros((1, 2), int), "segments": np.ones((1, 2), int)}
+    for step in (1, 2):
+        trackers.trace(step, rows, np.zeros((1, 1, 2, 1), int))
+    assert capsys.readouterr().out.count("can't be written any more") == 1
+    trackers.close()
+
+
 @pytest.fixture
 def run(tmp_path):
     return RunDir(tmp_path)

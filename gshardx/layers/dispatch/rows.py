@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 Weights = Float[Array, "g s k"] | None
 
@@ -86,5 +86,5 @@ def _rows(x: Float[Array, "g n m"], index: Int[Array, "g i"]) -> Float[Array, "g
     return jax.vmap(lambda one, at: one.at[at].get(mode="fill", fill_value=0))(x, index)
 
 
-def _no_gradient(index: Int[Array, "*i"] | Bool[Array, "*i"]) -> Any:
+def _no_gradient(index: Int[Array, "*i"]) -> Any:
     return np.zeros(index.shape, jax.dtypes.float0)
