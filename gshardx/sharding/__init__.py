@@ -2,17 +2,28 @@
 
 from gshardx.sharding.annotate import axis_size, manual, replicate, reshard, shard, split
 from gshardx.sharding.axes import RULES, Rules, abstract_array, partition_spec
-from gshardx.sharding.compile import CompiledStep
+from gshardx.sharding.collectives import Allowance, Budget, Collective, collectives, totals
+from gshardx.sharding.compile import ArgumentChanged, CompiledStep, Memory
+from gshardx.sharding.guard import CompileForbidden, count_compiles, forbid_compile
 from gshardx.sharding.mesh import MeshConfig, build_mesh, one_program_at_a_time, simulate_devices
 
 __all__ = [
     "RULES",
+    "Allowance",
+    "ArgumentChanged",
+    "Budget",
+    "Collective",
+    "CompileForbidden",
     "CompiledStep",
+    "Memory",
     "MeshConfig",
     "Rules",
     "abstract_array",
     "axis_size",
     "build_mesh",
+    "collectives",
+    "count_compiles",
+    "forbid_compile",
     "manual",
     "one_program_at_a_time",
     "partition_spec",
@@ -21,4 +32,5 @@ __all__ = [
     "shard",
     "simulate_devices",
     "split",
+    "totals",
 ]
