@@ -65,9 +65,11 @@ class KVCache:
     def extend(
         self, layer: int | Int[Array, ""], k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
     ) -> tuple[Keys, Keys, Bool[Array, "b 1 t l"], "KVCache"]:
-        rows = jnp.arange(k.shape[0])[:, None]
-        place = (layer, rows, self.positions)
-        all_k = shard(self.k.at[place].set(k.astype(self.k.dtype), mode="drop"), self.AXES)
-        all_v = shard(self.v.at[place].set(v.astype(self.v.dtype), mode="drop"), self.AXES)
+        # Row by row: indexed by [layer, row, position] at once, every device would be sent all rows' keys and places.
+        def put(all_rows: Array, new: Array) -> Array:
+            write = jax.vmap(lambda row, at, x: row.at[layer, at].set(x, mode="drop"), in_axes=(1, 0, 0), out_axes=1)
+            return shard(write(all_rows, self.positions, new.astype(all_rows.dtype)), self.AXES)
+
+        all_k, all_v = put(self.k, k), put(self.v, v)
         seen = jnp.arange(self.k.shape[2])[None, None, :] <= self.positions[:, :, None]
         return all_k[layer], all_v[layer], seen[:, None], dataclasses.replace(self, k=all_k, v=all_v)

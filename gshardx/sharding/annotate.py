@@ -1,56 +1,98 @@
-"""GShard's annotations on values inside jit: replicate, split, shard, and the boundary pair ``reshard``.
+"""GShard's annotations: replicate, split, shard, the boundary pair ``reshard`` and ``manual``.
 
-Each is a hint to XLA's SPMD partitioner at the mesh set by ``jax.set_mesh``; without a mesh it does nothing, so that
-annotated layers run unchanged on one device. Names follow GShard (arXiv 2006.16668 section 3.1).
+Each speaks of the mesh set by ``jax.set_mesh``; without one it does nothing, so that annotated layers run unchanged on
+one device. Names follow GShard (arXiv 2006.16668 section 3.1). What is annotated may be
+
+- an array: inside jit a constraint on XLA's SPMD partitioner, outside it a move,
+- an ``nnx.Variable`` where it is made: the one returned remembers its layout, also without a mesh, for
+  :func:`gshardx.sharding.variable_spec`, and its value is laid out,
+- a ``jax.ShapeDtypeStruct``: the one returned has the sharding.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-from jax.sharding import PartitionSpec
+import numpy as np
+from flax import nnx
+from jax._src.mesh import get_concrete_mesh  # jax.sharding.get_mesh refuses to answer inside jit (jax 0.10 to 0.12)
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from gshardx.errors import BadInput
-from gshardx.sharding.axes import RULES, Rules, partition_spec, unchecked_spec
+from gshardx.sharding.assignment import assigned_sharding
+from gshardx.sharding.axes import (
+    RULES,
+    Entry,
+    Rules,
+    entries_of,
+    nearest,
+    partition_spec,
+    unchecked_spec,
+    working_spec,
+    written,
+)
+
+X = TypeVar("X")
 
 
-def replicate(x: Array) -> Array:
-    """Every device holds all of ``x``."""
-    return _constrain(x, PartitionSpec())
+def replicate(x: X, *, name: str = "array") -> X:
+    """Every device holds all of ``x``; ``name`` is what errors call it."""
+    return _annotated(x, ((),) * len(_shape(x)), RULES, False, name)
 
 
-def split(x: Array, dimension: int, axis: str) -> Array:
+def split(x: X, dimension: int, axis: str, *, uneven: bool = False, name: str = "array") -> X:
     """Split one dimension of ``x`` over the mesh axis ``axis``; every other dimension is whole.
 
+    Args:
+        x: an array, Variable or ShapeDtypeStruct.
+        dimension: from the front, or negative from the back.
+        axis: of the mesh.
+        uneven: as in :func:`shard`.
+        name: what errors call ``x``.
+
     Raises:
-        BadInput: the mesh has no such axis, or the dimension does not divide over it.
+        BadInput: ``x`` has no such dimension, the mesh no such axis, or the dimension does not divide over it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    if axis not in mesh.shape:
-        raise BadInput(f"split of {list(x.shape)}: the mesh has no axis {axis!r}; it has {', '.join(mesh.shape)}")
-    if x.shape[dimension] % mesh.shape[axis]:
+    rank = len(_shape(x))
+    if not -rank <= dimension < rank:
         raise BadInput(
-            f"split of {list(x.shape)}: dimension {dimension} = {x.shape[dimension]} does not divide over mesh axis "
-            f"{axis} = {mesh.shape[axis]}; pad it to a multiple"
+            f"{name} {list(_shape(x))} split over {axis!r}: it has no dimension {dimension}; it has {rank}, "
+            f"counted from 0: {written(_split_that_works(_shape(x), axis))} would work"
         )
-    spec: list[str | None] = [None] * x.ndim
-    spec[dimension] = axis
-    return _constrain(x, PartitionSpec(*spec))
+    whole: tuple[Entry, ...] = ((),) * rank
+    place = dimension % rank
+    return _annotated(x, (*whole[:place], (axis,), *whole[place + 1 :]), RULES, uneven, name)
 
 
-def shard(x: Array, axes: str, rules: Rules = RULES) -> Array:
-    """Lay ``x`` out by logical names, one a dimension: ``shard(x, "batch time model")``.
+def shard(
+    x: X,
+    spec: str | PartitionSpec | np.ndarray,
+    rules: Rules = RULES,
+    *,
+    uneven: bool = False,
+    name: str = "array",
+) -> X:
+    """Lay ``x`` out by logical names (``"batch time model"``), by mesh axes, or by device.
+
+    Args:
+        x: an array, Variable or ShapeDtypeStruct.
+        spec: logical names, one a dimension; a PartitionSpec of mesh axes; or a device assignment, an integer array of
+            x's rank with the device id of each piece, which needs no mesh
+            (:func:`gshardx.sharding.assignment.assigned_sharding`).
+        rules: where logical names live.
+        uneven: GShard's padding: dimensions of an array inside jit need not divide. The shape stays; XLA pads the last
+            piece and masks it. What crosses jit's boundary must divide all the same.
+        name: what errors call ``x``.
 
     Raises:
-        BadInput: as :func:`gshardx.sharding.axes.partition_spec`.
+        BadInput: as :func:`gshardx.sharding.partition_spec` and ``assigned_sharding``; or an order of devices that no
+            spec of the mesh of ``jax.set_mesh`` has.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return _constrain(x, partition_spec(axes.split(), x.shape, mesh, rules))
+    if isinstance(spec, np.ndarray):
+        return _assigned(x, spec, uneven, name)
+    entries = tuple(spec.split()) if isinstance(spec, str) else entries_of(spec, len(_shape(x)))
+    return _annotated(x, entries, rules, uneven, name)
 
 
 def reshard(x: Array, from_: str, to: str, rules: Rules = RULES) -> Array:
@@ -69,25 +111,39 @@ def manual(
     out_axes: str,
     rules: Rules = RULES,
     *,
+    axes: Sequence[str] | None = None,
     check_vma: bool = True,
 ) -> Callable[..., Any]:
     """Run ``function`` on each device with its own shards: GShard's auto-to-manual partition (arXiv 2006.16668 section
     3.2), over ``jax.shard_map``. Without a mesh, ``function`` itself.
 
     Args:
-        function: sees local shapes; collectives inside name mesh axes.
+        function: sees local shapes along the manual axes; collectives inside name them.
         in_axes: logical names of each argument's leading dimensions; an argument may be a pytree whose leaves share
             them.
         out_axes: of the result.
         rules: where the names live.
+        axes: the mesh axes that become manual; None makes all so. Along the others shapes stay whole, the partitioner
+            goes on, and annotations inside ``function`` hold. Call it inside jit then.
         check_vma: let shard_map check what differs between devices; kernels written in Pallas do not say.
+
+    Raises:
+        BadInput: the mesh lacks one of ``axes``, or a name has no rule.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
-    ins = tuple(unchecked_spec(axes.split(), mesh, rules) for axes in in_axes)
-    out = unchecked_spec(out_axes.split(), mesh, rules)
-    return jax.shard_map(function, in_specs=ins, out_specs=out, check_vma=check_vma)
+    for axis in axes or ():
+        if axis not in mesh.shape:
+            raise BadInput(
+                f"manual over {', '.join(axes or ())}: the mesh has no axis {axis!r}; it has {', '.join(mesh.shape)}; "
+                f"did you mean {nearest(axis, mesh.shape)!r}?"
+            )
+    ins = tuple(unchecked_spec(names.split(), mesh, rules, axes) for names in in_axes)
+    out = unchecked_spec(out_axes.split(), mesh, rules, axes)
+    return jax.shard_map(
+        function, in_specs=ins, out_specs=out, axis_names=frozenset(axes or mesh.axis_names), check_vma=check_vma
+    )
 
 
 def axis_size(axis: str) -> int:
@@ -96,7 +152,75 @@ def axis_size(axis: str) -> int:
     return 1 if mesh.empty else int(mesh.shape.get(axis, 1))
 
 
-def _constrain(x: Array, spec: PartitionSpec) -> Array:
-    if jax.sharding.get_abstract_mesh().empty:
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _split_that_works(shape: tuple[int, ...], axis: str) -> PartitionSpec:
+    """Of the first dimension that ``axis`` divides, or of none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    specs = [working_spec([()] * dimension + [(axis,)], shape, mesh) for dimension in range(len(shape))]
+    return next((spec for spec in specs if any(spec)), working_spec((), shape, mesh))
+
+
+def _annotated(x: Any, entries: tuple[Entry, ...], rules: Rules, uneven: bool, name: str) -> Any:
+    if isinstance(x, nnx.Variable):
+        return _remembering(x, entries, rules, name)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    inside = isinstance(x, jax.core.Tracer)
+    if not inside:
+        _refuse_unconstrained(x, entries, name)
+    spec = partition_spec(entries, x.shape, mesh, rules, name, uneven=uneven and inside)
+    if inside:
+        return jax.lax.with_sharding_constraint(x, spec)
+    return _placed(x, NamedSharding(get_concrete_mesh(), spec))
+
+
+def _placed(x: Any, sharding: NamedSharding) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(sharding=sharding)
+    return jax.device_put(x, sharding)
+
+
+def _refuse_unconstrained(x: Any, entries: tuple[Entry, ...], name: str) -> None:
+    if PartitionSpec.UNCONSTRAINED in entries:
+        spec = written([() if entry is PartitionSpec.UNCONSTRAINED else entry for entry in entries])
+        raise BadInput(
+            f"{name} {list(_shape(x))} ({written(entries)}): what does not live inside jit has a place in full; "
+            f"{spec} would work"
+        )
+
+
+def _remembering(x: nnx.Variable[Any], entries: tuple[Entry, ...], rules: Rules, name: str) -> nnx.Variable[Any]:
+    """A Variable like ``x`` with its layout in the metadata ``axes``, and in ``rules`` unless those are RULES."""
+    _refuse_unconstrained(x, entries, name)
+    named = tuple(entry if isinstance(entry, str) else () for entry in entries)
+    partition_spec(named, x.shape, AbstractMesh((), ()), rules, name)  # what needs no mesh to be wrong
+    known: dict[str, Any] = {"axes": entries}
+    if rules is not RULES:
+        known["rules"] = tuple((entry, rules[entry]) for entry in entries if isinstance(entry, str))
+    value = _annotated(x.get_value(), entries, rules, False, name)
+    return type(x).from_metadata(value, {**x.get_metadata(), **known})
+
+
+def _assigned(x: Any, ids: np.ndarray, uneven: bool, name: str) -> Any:
+    mesh = get_concrete_mesh()
+    inside = isinstance(x, jax.core.Tracer)
+    sharding = assigned_sharding(ids, _shape(x), mesh, name, uneven=uneven and inside)
+    own = sharding.mesh != mesh
+    where = f"{name} {list(_shape(x))} (device assignment of shape {list(ids.shape)})"
+    if isinstance(x, nnx.Variable):
+        if own:
+            raise BadInput(
+                f"{where}: a parameter remembers axes of the mesh of jax.set_mesh, and no spec of them says the same; "
+                f"{written(PartitionSpec(*[None] * ids.ndim))} would work"
+            )
+        return _remembering(x, entries_of(sharding.spec, ids.ndim), RULES, name)
+    if own and not mesh.empty and list(sharding.mesh.devices.flat) != list(mesh.devices.flat):
+        raise BadInput(
+            f"{where}: JAX keeps the device order of the mesh of jax.set_mesh, and no spec of it gives this order; "
+            f"the {mesh.size} device ids in the shape {list(ids.shape)}, in the mesh's order, would work"
+        )
+    return jax.lax.with_sharding_constraint(x, sharding) if inside else _placed(x, sharding)

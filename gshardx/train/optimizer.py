@@ -24,8 +24,10 @@ def build_optimizer(config: OptimizerConfig, steps: int, axes: Params) -> optax.
     """The update rule; ``axes`` says which parameters are matrices: vectors (norms, biases) do not decay."""
 
     def is_matrix(_: Any) -> Any:
-        stacked = {"layer", "expert"}
-        return jax.tree.map(lambda names: len(set(names) - stacked) > 1, axes, is_leaf=lambda x: isinstance(x, tuple))
+        def own(names: tuple[Any, ...]) -> int:
+            return sum(name not in ("layer", "expert") for name in names)
+
+        return jax.tree.map(lambda names: own(names) > 1, axes, is_leaf=lambda x: isinstance(x, tuple))
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

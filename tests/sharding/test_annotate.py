@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gshardx.errors import BadInput
@@ -15,10 +16,12 @@ from gshardx.sharding import (
     MeshConfig,
     abstract_array,
     build_mesh,
+    manual,
     replicate,
     reshard,
     shard,
     split,
+    variable_spec,
 )
 
 EIGHT = build_mesh(MeshConfig(expert=8))
@@ -86,7 +89,7 @@ def test_split_names_the_axes_that_the_mesh_has():
 
 
 def test_split_names_the_dimension_that_does_not_divide():
-    with jax.set_mesh(EIGHT), pytest.raises(BadInput, match=r"\[8, 6\]: dimension 1 = 6 .* axis expert = 8"):
+    with jax.set_mesh(EIGHT), pytest.raises(BadInput, match=r"\[8, 6\] .*: dimension 1 = 6 .* axis expert = 8"):
         split(jnp.ones((8, 6)), 1, "expert")
 
 
@@ -129,3 +132,196 @@ def test_a_resharded_boundary_is_all_to_all_in_both_directions_of_the_gradient()
 def test_one_constraint_a_boundary_gathers_in_the_gradient_which_is_why_reshard_is_a_pair():
     _, gathers = collectives(lambda x: shard(x, AWAY), lambda x: shard(x, HOME))
     assert gathers > 0
+
+
+ANNOTATIONS = [
+    (replicate, ()),
+    (lambda x: split(x, 1, "tensor"), (None, "tensor")),
+    (lambda x: shard(x, "hidden embed"), ("tensor",)),
+    (lambda x: shard(x, PartitionSpec(("expert", "data"))), (("expert", "data"),)),
+    (lambda x: shard(x, np.arange(8).reshape(2, 4)), ("data", ("expert", "tensor"))),
+    (lambda x: shard(x, np.arange(8).reshape(4, 2).T), ("tensor", ("data", "expert"))),
+]
+
+
+@pytest.mark.parametrize(("annotate", "spec"), ANNOTATIONS)
+def test_what_can_be_annotated_comes_back_with_its_layout(annotate, spec):
+    x, wanted = jnp.arange(32.0).reshape(8, 4), NamedSharding(CUBE, PartitionSpec(*spec))
+    with jax.set_mesh(CUBE):
+        for out in (annotate(x), annotate(np.asarray(x)), jax.jit(annotate)(x), annotate(nnx.Param(x)).get_value()):
+            assert out.sharding.is_equivalent_to(wanted, 2)
+            np.testing.assert_array_equal(out, x)
+        abstract = annotate(jax.ShapeDtypeStruct((8, 4), jnp.bfloat16))
+    assert (abstract.shape, abstract.dtype, abstract.sharding.mesh) == ((8, 4), jnp.bfloat16, CUBE)
+    assert abstract.sharding.is_equivalent_to(wanted, 2)
+
+
+@pytest.mark.parametrize(("annotate", "spec"), ANNOTATIONS)
+def test_a_parameter_remembers_its_layout_wherever_it_is_made(annotate, spec):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.w = annotate(nnx.Param(jax.random.normal(rngs.params(), (8, 4)), note="kept"))
+
+    def model():
+        return Model(nnx.Rngs(0))
+
+    with jax.set_mesh(CUBE):
+        made = [model(), nnx.jit(model)(), nnx.eval_shape(model)]
+    for module in made:
+        got = NamedSharding(CUBE, variable_spec(module.w, CUBE, "w"))
+        assert got.is_equivalent_to(NamedSharding(CUBE, PartitionSpec(*spec)), 2)
+        assert type(module.w) is nnx.Param
+        assert module.w.get_metadata("note") == "kept"
+    np.testing.assert_allclose(made[0].w.get_value(), made[1].w.get_value(), rtol=1e-6)
+    assert isinstance(made[2].w.get_value(), jax.ShapeDtypeStruct)
+
+
+def test_a_parameter_remembers_without_a_mesh_and_rules_of_its_own():
+    x = jnp.ones((8, 4))
+    named = shard(nnx.Param(x), "hidden model", {**RULES, "hidden": ("data", "tensor")})
+    assert named.get_value() is x
+    assert variable_spec(named, CUBE, "w") == PartitionSpec(("data", "tensor"), None)
+    assert variable_spec(split(nnx.Param(x), -1, "expert"), CUBE, "w") == PartitionSpec(None, "expert")
+
+
+def test_parameters_of_vmapped_modules_are_laid_out_too():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return split(nnx.Param(jax.random.normal(rngs.params(), (8, 4))), 0, "expert")
+
+    with jax.set_mesh(CUBE):
+        stacked = make(nnx.Rngs(0))
+    assert stacked.get_metadata("axes") == (("expert",), ())
+    assert lies(stacked.get_value().sharding, CUBE, None, "expert", None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("expert", "1 axis names for 2 dimensions"),
+        ("expert modle", "no rule for axis 'modle'; did you mean 'model'"),
+        (PartitionSpec("data", None, None), "3 axis names for 2 dimensions"),
+        (PartitionSpec(PartitionSpec.UNCONSTRAINED), r"UNCONSTRAINED.*PartitionSpec\(None, None\) would work"),
+        (np.arange(8).reshape(4, 2), "no spec of them says the same"),
+    ],
+)
+def test_a_parameter_is_refused_where_it_is_made(spec, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        shard(nnx.Param(jnp.ones((8, 4))), spec, name="w_in")
+    assert "w_in [8, 4]" in str(caught.value)
+
+
+@pytest.mark.parametrize("dimension", [2, -3])
+def test_a_dimension_that_is_not_there_is_counted(dimension):
+    x = jnp.ones((3, 4))
+    with pytest.raises(BadInput, match=f"no dimension {dimension}; it has 2, counted from 0"):
+        split(x, dimension, "expert")
+    with jax.set_mesh(CUBE), pytest.raises(BadInput, match=r"w \[3, 4\].*PartitionSpec\(None, 'expert'\) would work"):
+        split(x, dimension, "expert", name="w")
+
+
+def test_some_dimensions_may_be_left_to_the_partitioner_inside_jit_only():
+    free = PartitionSpec(PartitionSpec.UNCONSTRAINED, "tensor")
+    assert lies(layout(lambda x: shard(x, free), (8, 4), start=("data",)), CUBE, "data", "tensor")
+    with jax.set_mesh(CUBE), pytest.raises(BadInput, match=r"PartitionSpec\(None, 'tensor'\) would work"):
+        shard(jnp.ones((8, 4)), free)
+
+
+UNEVEN = [
+    lambda x: split(x, 0, "expert", uneven=True),
+    lambda x: shard(x, "batch model", uneven=True),
+    lambda x: shard(x, np.arange(8).reshape(8, 1), uneven=True),
+]
+
+
+@pytest.mark.parametrize("annotate", UNEVEN)
+def test_uneven_dimensions_are_padded_and_masked_by_the_partitioner(annotate):
+    x = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
+
+    def loss(x, annotate=annotate):
+        y = annotate(x * 2.0)
+        assert y.shape == (11, 3)
+        return (jnp.exp(y).sum(0) * jnp.max(y, 0)).sum()
+
+    with jax.set_mesh(CUBE):
+        step = jax.jit(jax.value_and_grad(loss))
+        value, gradient = step(x)
+        assert re.search(r"f32\[(6|3|2),3\]", step.lower(x).compile().as_text())  # a piece, the last one padded
+    wanted, wanted_gradient = jax.value_and_grad(lambda x: loss(x, lambda y: y))(x)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-5)
+
+
+@pytest.mark.parametrize("annotate", UNEVEN)
+def test_what_crosses_the_boundary_of_jit_must_divide_all_the_same(annotate):
+    x = jnp.ones((11, 3))
+    with jax.set_mesh(CUBE):
+        for outside in (x, nnx.Param(x), jax.ShapeDtypeStruct(x.shape, x.dtype)):
+            with pytest.raises(BadInput, match=r"\[11, 3\].* does not divide .*pad it to (12|16) "):
+                annotate(outside)
+
+
+def test_manual_on_some_axes_leaves_the_others_to_the_partitioner():
+    def matmul(x, w):
+        local = shard(x @ w, "token hidden")
+        return jax.lax.psum(local, "expert")
+
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    w = np.random.default_rng(1).normal(size=(8, 6)).astype(np.float32)
+    rules = {**RULES, "cut": ("expert",)}
+    with jax.set_mesh(CUBE):
+        by_hand = manual(matmul, ["token cut", "cut hidden"], "token", rules, axes=["expert"])
+        step = jax.jit(by_hand)
+        out = step(x, w)
+        hlo = step.lower(x, w).compile().as_text()
+        automatic = jax.jit(lambda x, w: shard(x @ w, "token hidden"))(x, w)
+    assert out.sharding.shard_shape(out.shape) == (4, 3)  # split over tensor, which stayed automatic
+    assert re.search(r"f32\[4,3\]\S* (dot|all-reduce|fusion)\(", hlo)
+    np.testing.assert_allclose(out, automatic, rtol=1e-5)
+    np.testing.assert_allclose(out, x @ w, rtol=1e-5)
+
+
+def test_the_gradient_of_a_partly_manual_function_is_the_automatic_ones():
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    w = np.random.default_rng(1).normal(size=(8, 6)).astype(np.float32)
+    rules = {**RULES, "cut": ("expert",)}
+
+    def by_hand(x, w):
+        total = manual(
+            lambda x, w: jax.lax.psum(x @ w, "expert"), ["token cut", "cut"], "token", rules, axes=["expert"]
+        )
+        return (total(x, shard(w, "model hidden")) ** 2).sum()
+
+    with jax.set_mesh(CUBE):
+        got = jax.jit(jax.grad(by_hand, argnums=(0, 1)))(x, w)
+    for ours, theirs in zip(got, jax.grad(lambda x, w: ((x @ w) ** 2).sum(), argnums=(0, 1))(x, w), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_inside_manual_names_mean_the_share_and_its_axes_are_taken():
+    seen = []
+
+    def inside(x):
+        seen.append(x.shape)
+        return shard(x, "batch model")  # data only: expert is manual
+
+    with jax.set_mesh(CUBE):
+        out = jax.jit(manual(inside, ["expert"], "expert", axes=["expert"]))(jnp.ones((8, 4)))
+        np.testing.assert_array_equal(out, jnp.ones((8, 4)))
+        with pytest.raises(BadInput, match="'expert' is manual here"):
+            jax.jit(manual(lambda x: split(x, 0, "expert"), ["expert"], "expert", axes=["expert"]))(jnp.ones((8, 4)))
+    assert seen == [(4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("names", "axes", "message"),
+    [
+        ("expert", ["exprt"], "no axis 'exprt'; it has data, fsdp, expert, tensor; did you mean 'expert'"),
+        ("exprt", None, "no rule for axis 'exprt'; did you mean 'expert'"),
+        ("expert batch", None, "expert and batch both live on mesh axis 'expert'"),
+    ],
+)
+def test_manual_names_what_it_does_not_know(names, axes, message):
+    with jax.set_mesh(CUBE), pytest.raises(BadInput, match=message):
+        manual(lambda x: x, [names], "model", axes=axes)

@@ -5,10 +5,22 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from gshardx.errors import BadInput
-from gshardx.sharding import RULES, MeshConfig, abstract_array, build_mesh, partition_spec
+from gshardx.sharding import (
+    RULES,
+    MeshConfig,
+    abstract_array,
+    build_mesh,
+    partition_spec,
+    split,
+    variable_axes,
+    variable_spec,
+)
 
 EIGHT = build_mesh(MeshConfig(expert=8))
 CUBE = build_mesh(MeshConfig(data=2, expert=2, tensor=2))
@@ -81,7 +93,8 @@ def test_a_name_too_few_or_too_many_is_counted(names):
 def test_two_dimensions_on_one_mesh_axis_are_both_named():
     message = complaint("group token expert", (8, 4, 8), EIGHT, tensor="dispatch")
     assert "dispatch [8, 4, 8] (group token expert)" in message
-    assert "'group' and 'expert' both live on mesh axis 'expert'" in message
+    assert "group and expert both live on mesh axis 'expert'" in message
+    assert message.endswith("PartitionSpec('expert', None, None) would work")
 
 
 @pytest.mark.parametrize(("names", "shape", "size"), [("group time", (6, 3), 6), ("hidden group", (4, 12), 12)])
@@ -115,3 +128,69 @@ def test_an_abstract_array_has_shape_dtype_and_place_but_no_data():
     assert array.sharding.shard_shape(array.shape) == (2, 3)
     with pytest.raises(BadInput, match=r"embedding\.table \[8, 7\]"):
         abstract_array((8, 7), jnp.float32, ("batch", "hidden"), CUBE, tensor="embedding.table")
+
+
+@pytest.mark.parametrize(("axis", "nearest"), [("exprt", "expert"), ("Data", "data"), ("tenser", "tensor")])
+def test_an_unknown_mesh_axis_names_the_nearest_and_lists_all(axis, nearest):
+    with pytest.raises(BadInput) as caught:
+        partition_spec(((), (axis,)), (3, 8), CUBE, tensor="router.kernel")
+    assert "router.kernel [3, 8] (PartitionSpec(None, " in str(caught.value)
+    assert f"no axis {axis!r}; it has data, fsdp, expert, tensor; did you mean {nearest!r}?" in str(caught.value)
+    assert str(caught.value).endswith(f"PartitionSpec(None, {nearest!r}) would work")
+
+
+def test_mesh_axes_as_they_stand_mix_with_names():
+    spec = partition_spec(("layer", ("expert", "tensor"), ()), (3, 4, 5), CUBE)
+    assert spec == PartitionSpec(None, ("expert", "tensor"), None)
+    with pytest.raises(BadInput, match="dimension 1 and hidden both live on mesh axis 'tensor'"):
+        partition_spec(("layer", ("expert", "tensor"), "hidden"), (3, 4, 4), CUBE)
+
+
+def test_uneven_dimensions_pass_only_where_it_is_said():
+    assert partition_spec(("group", "token"), (6, 3), EIGHT, uneven=True) == PartitionSpec("expert", None)
+    assert "pad it to 8 (inside jit, uneven=True does)" in complaint("group token", (6, 3), EIGHT)
+
+
+def what_works(message):
+    """The spec that a message proposes."""
+    return eval(re.search(r"PartitionSpec\(.*?\)(?= would work)", message.rsplit(": ", 1)[-1])[0])
+
+
+entries = st.one_of(
+    st.sampled_from([*RULES, "modle", "xprt"]),
+    st.lists(st.sampled_from(["data", "fsdp", "expert", "tensor", "tenser"]), max_size=3).map(tuple),
+)
+
+
+@given(
+    st.lists(st.tuples(entries, st.integers(1, 12)), max_size=4),
+    st.lists(entries, max_size=1),
+    st.sampled_from([EIGHT, CUBE, build_mesh(MeshConfig(data=2, fsdp=2, expert=2))]),
+)
+def test_what_an_error_proposes_is_accepted_and_what_passes_can_be_made(dimensions, surplus, mesh):
+    names, shape = [name for name, _ in dimensions] + surplus, [size for _, size in dimensions]
+    try:
+        spec, message = partition_spec(names, shape, mesh, tensor="w"), None
+    except BadInput as error:
+        spec, message = what_works(str(error)), str(error)
+    if message:
+        assert message.startswith(f"w {shape} (")
+        literal = tuple(() if e is None else (e,) if isinstance(e, str) else e for e in spec)
+        assert partition_spec(literal, shape, mesh) == spec
+    jax.ShapeDtypeStruct(tuple(shape), jnp.float32, sharding=NamedSharding(mesh, spec))
+
+
+def test_a_variable_lives_where_its_metadata_says():
+    value = jnp.zeros((4, 6))
+    assert variable_spec(nnx.Param(value, axes=("expert", "hidden")), CUBE, "w") == PartitionSpec("expert", "tensor")
+    assert variable_spec(nnx.Param(value, axes=(("data", "tensor"), ())), CUBE, "w")[0] == ("data", "tensor")
+    own = (("hidden", ("data",)), ("expert", ()))
+    assert variable_spec(nnx.Param(value, axes=("expert", "hidden"), rules=own), CUBE, "w")[1] == "data"
+    flax = nnx.Param(value, out_sharding=("expert",), eager_sharding=False)
+    assert variable_axes(flax, "w") == (("expert",), ())
+    with pytest.raises(
+        BadInput, match=r"block\.w \[4, 6\]: no layout was given .* PartitionSpec\(None, None\) would work"
+    ):
+        variable_spec(nnx.Param(value), CUBE, "block.w")
+    with pytest.raises(BadInput, match=r"block\.w \[4, 6\] \(PartitionSpec\(None, 'tensor'\)\)"):
+        variable_spec(split(nnx.Param(value), 1, "tensor"), build_mesh(MeshConfig(tensor=4)), "block.w")
