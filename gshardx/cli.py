@@ -17,6 +17,7 @@ import yaml
 
 from gshardx.config import Config
 from gshardx.errors import BadInput
+from gshardx.sharding.startup import keep_compiled, without_an_absent_tpu
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -26,6 +27,8 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     # Libraries' own notices on stderr (XLA's CPU feature lists, Orbax's OCDBT merge) bury the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    without_an_absent_tpu()
+    keep_compiled()
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

@@ -199,6 +199,8 @@ class TrainConfig:
     """Sequences in a step, over all devices."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """What mesh.fsdp splits (ZeRO, arXiv 1910.02054): 1 optimizer state; 2 also gradients; 3 also parameters."""
     eval_every: int = 0
     """Steps between evaluations on held-out text; 0: only at the end."""
     trace_every: int = 0
@@ -208,6 +210,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive("train", self, "steps", "batch_size", "log_every")
+        if self.zero_stage not in (1, 2, 3):
+            raise BadInput(f"train.zero_stage = {self.zero_stage}: must be 1, 2 or 3; use 3")
         _at_least_zero("train", self, "eval_every", "trace_every", "sample_tokens")
 
 

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from gshardx.checkpoint.manifest import NAME, Manifest, Shapes, damage, read_manifest, write_manifest
 from gshardx.errors import BadInput
+from gshardx.sharding.distributed import exchange, on_first
 
 Items = dict[str, Any]
 """Item name to a pytree of arrays, or to a Grain iterator."""
@@ -38,7 +39,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, every: int, keep: int, extra: dict[str, Any] | None = None) -> None:
         self.folder = folder.absolute()
         self.extra = extra or {}
-        _remove_unfinished(self.folder)
+        on_first(lambda: _remove_unfinished(self.folder))
         training = ocp.training
         self._orbax = training.Checkpointer(
             self.folder,
@@ -62,7 +63,8 @@ class CheckpointStore:
             return False
         self.wait()
         self._saved = step
-        needed, free = _bytes_to_write(items), shutil.disk_usage(self.folder).free
+        needed = sum(map(int, exchange(str(_bytes_to_write(items)))))
+        free = int(exchange(str(shutil.disk_usage(self.folder).free))[0])
         if needed > free:
             raise self._failed(step, f"the disk is full: {needed:,} bytes to write, {free:,} free")
         try:
@@ -98,7 +100,7 @@ class CheckpointStore:
 
     def _finish(self, step: int, response: Any, shapes: Shapes) -> None:
         try:
-            response.result()
+            response.result()  # on process 0, only once every process has written its shards
             if jax.process_index() == 0:
                 write_manifest(self.folder / str(step), shapes, self.extra)
         except Exception as error:
@@ -233,7 +235,7 @@ def _step_folders(folder: Path) -> list[int]:
 
 def _remove_unfinished(folder: Path) -> None:
     """Delete what a killed save left: a folder that never got a manifest."""
-    if folder.is_dir() and jax.process_index() == 0:
+    if folder.is_dir():
         for path in folder.iterdir():
             if path.is_dir() and not any(path.glob(NAME)):
                 shutil.rmtree(path)

@@ -55,21 +55,11 @@ def _with_targets(packed: dict[str, np.ndarray]) -> Rows:
     }
 
 
-def training_rows(
-    pieces: list[np.ndarray], sequence_length: int, rows: int, seed: int, process: int = 0, processes: int = 1
-) -> grain.DatasetIterator[Rows]:
-    """Endless batches of ``rows`` packed rows: a function of the seed alone, resumable by ``get_state``/``set_state``.
-
-    Each of ``processes`` reads its own share of the pieces.
-
-    Raises:
-        BadInput: fewer pieces than processes.
-    """
-    if len(pieces) < processes:
-        raise BadInput(f"data: {len(pieces)} sequences for {processes} processes; give more text or fewer processes")
+def training_rows(pieces: list[np.ndarray], sequence_length: int, rows: int, seed: int) -> grain.DatasetIterator[Rows]:
+    """Endless batches of ``rows`` packed rows, by the seed alone; resumable by ``get_state``/``set_state``."""
     dataset = (
         grain.MapDataset.source(_Pieces(pieces))
-        .seed(seed)[process::processes]
+        .seed(seed)
         .shuffle()
         .repeat()
         .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

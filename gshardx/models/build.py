@@ -11,7 +11,7 @@ from jaxtyping import Array
 from gshardx.config import ModelConfig
 from gshardx.layers import RouterState
 from gshardx.models.decoder import Decoder
-from gshardx.sharding import abstract_array
+from gshardx.sharding import variable_axes, variable_spec
 
 Params = dict[str, Any]
 """Nested dicts of arrays: the module tree without its modules."""
@@ -32,7 +32,7 @@ class Blueprint:
     Attributes:
         graph: joins with params to a module: ``nnx.merge(graph, params)``.
         params: shapes, dtypes and shardings.
-        axes: logical axis names, one tuple a parameter.
+        axes: logical axis names, one tuple a parameter; a tuple of mesh axes for a dimension annotated by those.
         router: shapes, dtypes and shardings of the routers' state, which every device holds whole.
     """
 
@@ -71,18 +71,18 @@ def blueprint(config: ModelConfig, vocab: int, mesh: Mesh) -> Blueprint:
     """Work out every parameter's shape and place on ``mesh`` without allocating any.
 
     Raises:
-        BadInput: a parameter does not divide over the mesh, or the router has no such option.
+        BadInput: a parameter has no layout or does not divide over the mesh, or the router has no such option.
     """
     module = nnx.eval_shape(lambda: Decoder(config, vocab, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(module, nnx.Param)
     flat = nnx.to_flat_state(state)
     placed, axes = [], []
     for path, variable in flat:
-        names = variable.get_metadata()["axes"]
         name = ".".join(map(str, path))
         value = variable.get_value()
-        placed.append((path, abstract_array(value.shape, value.dtype, names, mesh, tensor=name)))
-        axes.append((path, names))
+        sharding = NamedSharding(mesh, variable_spec(variable, mesh, name))
+        placed.append((path, jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)))
+        axes.append((path, variable_axes(variable, name)))
     everywhere = NamedSharding(mesh, PartitionSpec())
     router = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),

@@ -12,6 +12,7 @@ from gshardx.errors import BadInput
 from gshardx.models.build import Blueprint, Variables
 from gshardx.models.decode import DecodeState, Sampling, abstract_state, decode_step, extend
 from gshardx.sharding import CompiledStep, abstract_array, one_program_at_a_time
+from gshardx.sharding.distributed import fetch
 
 
 class SamplingOptions(NamedTuple):
@@ -28,6 +29,51 @@ class Emitted(NamedTuple):
 
     prompt: int
     token: int
+
+
+Prefill = CompiledStep[[Variables, DecodeState, jax.Array, jax.Array], DecodeState]
+Decode = CompiledStep[[Variables, DecodeState, Sampling, jax.Array], tuple[DecodeState, jax.Array]]
+
+
+def compile_prefill(blueprint: Blueprint, mesh: Mesh, *, length: int, rows: int, chunk: int) -> Prefill:
+    """Compile the step that appends ``chunk`` tokens of prompt to each row; a row holds at most ``length``."""
+    state = abstract_state(blueprint, rows, length, mesh)
+    tokens = abstract_array((rows, chunk), jnp.int32, ["batch", "time"], mesh, tensor="rows")
+
+    def prefill(variables: Variables, state: DecodeState, tokens: jax.Array, count: jax.Array) -> DecodeState:
+        return extend(blueprint, variables, state, tokens, count)
+
+    return CompiledStep(
+        prefill,
+        (blueprint.variables, state, tokens, _by_row("int32", rows, mesh)),
+        mesh,
+        donate=(1,),
+        out_shardings=jax.tree.map(lambda a: a.sharding, state),
+    )
+
+
+def compile_decode(blueprint: Blueprint, mesh: Mesh, *, length: int, rows: int) -> Decode:
+    """Compile the step that draws and appends one token to each active row."""
+    state = abstract_state(blueprint, rows, length, mesh)
+    how = Sampling(*(_by_row(dtype, rows, mesh) for dtype in ("float32", "int32", "float32", "uint32")))
+
+    def decode(
+        variables: Variables, state: DecodeState, how: Sampling, active: jax.Array
+    ) -> tuple[DecodeState, jax.Array]:
+        return decode_step(blueprint, variables, state, how, active)
+
+    return CompiledStep(
+        decode,
+        (blueprint.variables, state, how, _by_row("bool", rows, mesh)),
+        mesh,
+        donate=(1,),
+        out_shardings=(jax.tree.map(lambda a: a.sharding, state), _by_row("int32", rows, mesh).sharding),
+    )
+
+
+def _by_row(dtype: str, rows: int, mesh: Mesh) -> Any:
+    """An abstract value a row."""
+    return abstract_array((rows,), jnp.dtype(dtype), ["batch"], mesh, tensor="rows")
 
 
 class Generator:
@@ -49,37 +95,10 @@ class Generator:
         self._variables = variables
         self._abstract = abstract_state(blueprint, rows, length, mesh)
         self._wait = one_program_at_a_time(mesh)
-
-        def per_row(dtype: str) -> Any:
-            return abstract_array((rows,), jnp.dtype(dtype), ["batch"], mesh, tensor="rows")
-
-        tokens = abstract_array((rows, self.chunk), jnp.int32, ["batch", "time"], mesh, tensor="rows")
-        self._by_row, self._by_row_token = per_row("int32").sharding, tokens.sharding
-
-        def prefill(variables: Variables, state: DecodeState, tokens: jax.Array, count: jax.Array) -> DecodeState:
-            return extend(blueprint, variables, state, tokens, count)
-
-        def decode(
-            variables: Variables, state: DecodeState, how: Sampling, active: jax.Array
-        ) -> tuple[DecodeState, jax.Array]:
-            return decode_step(blueprint, variables, state, how, active)
-
-        shardings = jax.tree.map(lambda a: a.sharding, self._abstract)
-        how = Sampling(per_row("float32"), per_row("int32"), per_row("float32"), per_row("uint32"))
-        self.prefill = CompiledStep(
-            prefill,
-            (blueprint.variables, self._abstract, tokens, per_row("int32")),
-            mesh,
-            donate=(1,),
-            out_shardings=shardings,
-        )
-        self.decode = CompiledStep(
-            decode,
-            (blueprint.variables, self._abstract, how, per_row("bool")),
-            mesh,
-            donate=(1,),
-            out_shardings=(shardings, self._by_row),
-        )
+        self.prefill = compile_prefill(blueprint, mesh, length=length, rows=rows, chunk=self.chunk)
+        self.decode = compile_decode(blueprint, mesh, length=length, rows=rows)
+        self._by_row = _by_row("int32", rows, mesh).sharding
+        self._by_row_token = self.prefill.input_shardings[2]
 
     def generate(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, options: SamplingOptions, end: int | None = None
@@ -115,7 +134,7 @@ class Generator:
             if not active.any():
                 return
             state, drawn = self.decode(self._variables, state, how, self._put(active))
-            tokens = np.asarray(drawn)
+            tokens = fetch(drawn)
             for row in np.flatnonzero(active):
                 if tokens[row] == end:
                     active[row] = False

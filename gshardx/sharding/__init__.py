@@ -1,9 +1,10 @@
 """Where tensors live. Knows nothing of models."""
 
 from gshardx.sharding.annotate import axis_size, manual, replicate, reshard, shard, split
-from gshardx.sharding.axes import RULES, Rules, abstract_array, partition_spec
+from gshardx.sharding.axes import RULES, Rules, abstract_array, partition_spec, variable_axes, variable_spec
 from gshardx.sharding.collectives import Allowance, Budget, Collective, collectives, totals
 from gshardx.sharding.compile import ArgumentChanged, CompiledStep, Memory
+from gshardx.sharding.describe import Description, Row, describe
 from gshardx.sharding.guard import CompileForbidden, count_compiles, forbid_compile
 from gshardx.sharding.mesh import MeshConfig, build_mesh, one_program_at_a_time, simulate_devices
 
@@ -15,14 +16,17 @@ __all__ = [
     "Collective",
     "CompileForbidden",
     "CompiledStep",
+    "Description",
     "Memory",
     "MeshConfig",
+    "Row",
     "Rules",
     "abstract_array",
     "axis_size",
     "build_mesh",
     "collectives",
     "count_compiles",
+    "describe",
     "forbid_compile",
     "manual",
     "one_program_at_a_time",
@@ -33,4 +37,6 @@ __all__ = [
     "simulate_devices",
     "split",
     "totals",
+    "variable_axes",
+    "variable_spec",
 ]

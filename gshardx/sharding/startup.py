@@ -6,15 +6,17 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
+_SETTINGS: Any = jax.config  # its attributes are not typed
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
 
 def without_an_absent_tpu() -> None:
     """Stay on the CPU where no accelerator is attached: with libtpu installed JAX looks for a TPU and prints pages."""
-    looks_for_one = jax.config.jax_platforms is None and importlib.util.find_spec("libtpu") is not None
+    looks_for_one = _SETTINGS.jax_platforms is None and importlib.util.find_spec("libtpu") is not None
     if looks_for_one and not any(map(glob.glob, _ACCELERATORS)):
         jax.config.update("jax_platforms", "cpu")
 
@@ -26,7 +28,7 @@ def keep_compiled() -> None:
     ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off. A folder for each kind of machine, because XLA's code for a CPU
     uses the instructions that this CPU has, and homes are shared.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if _SETTINGS.jax_compilation_cache_dir is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "gshardx" / "xla" / _machine()))
 

@@ -1,23 +1,24 @@
-"""``python -m gshardx.train --config FILE [--section.field VALUE ...]``"""
+"""``python -m gshardx.train --config FILE [--section.field VALUE ...]``, once, or once a process"""
 
 import shlex
 from pathlib import Path
 
 from gshardx.cli import parse_config, run_command
 from gshardx.models.moe import check_router_options
-from gshardx.sharding import simulate_devices
+from gshardx.sharding import distributed, simulate_devices
 from gshardx.train.run_dir import RunDir
 
 PROG = "python -m gshardx.train"
-DESCRIPTION = """Train a Mixture-of-Experts language model, or continue the run in --run_dir. Where only CPUs are
+DESCRIPTION = f"""Train a Mixture-of-Experts language model, or continue the run in --run_dir. Where only CPUs are
 present, the mesh's product says how many devices are simulated. Exit codes: 0 done, 2 bad input, 130 or 143 saved after
-Ctrl-C or SIGTERM."""
+Ctrl-C or SIGTERM. {distributed.HELP}"""
 
 
 def main(argv: list[str]) -> int:
-    config, file = parse_config(PROG, DESCRIPTION, argv)
+    meeting, rest = distributed.take_flags(argv)
+    config, file = parse_config(PROG, DESCRIPTION, rest)
     check_router_options(config.model.moe)
-    simulate_devices(config.mesh.size)
+    simulate_devices(config.mesh.size, distributed.join(*meeting))
     from gshardx.train.loop import train  # after the devices are settled
 
     run = RunDir(Path(config.run_dir or f"runs/{file.stem if file else 'default'}"))

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from gshardx.config import Config
-from gshardx.models.build import Blueprint, Variables, blueprint
+from gshardx.models.build import Blueprint, Params, Variables, blueprint
 from gshardx.sharding import CompiledStep, build_mesh
 from gshardx.train.optimizer import build_optimizer
-from gshardx.train.state import TrainState, abstract_state
+from gshardx.train.state import TrainState, abstract_state, init_state, whole_over_fsdp
 from gshardx.train.step import Batch, StepMetrics, abstract_batch, compile_eval_step, compile_train_step
 
 
@@ -28,15 +28,29 @@ class Job:
     optimizer: optax.GradientTransformation
 
     @classmethod
-    def of(cls, config: Config, vocab: int) -> "Job":
-        mesh = build_mesh(config.mesh)
+    def of(cls, config: Config, vocab: int, mesh: Mesh | None = None) -> "Job":
+        """The job on ``mesh`` (default: the config's, over the devices that are here)."""
+        mesh = build_mesh(config.mesh) if mesh is None else mesh
         plan = blueprint(config.model, vocab, mesh)
+        if config.train.zero_stage < 3:
+            plan = dataclasses.replace(plan, params=whole_over_fsdp(plan.params))
         return cls(config, mesh, plan, build_optimizer(config.optimizer, config.train.steps, plan.axes))
+
+    @cached_property
+    def split(self) -> Params:
+        """Abstract parameters where the optimizer's moments are: over fsdp at every ZeRO stage."""
+        if self.config.train.zero_stage == 3:
+            return self.blueprint.params
+        return blueprint(self.config.model, self.blueprint.vocab, self.mesh).params
 
     @cached_property
     def state(self) -> TrainState:
         """Abstract."""
-        return abstract_state(self.blueprint, self.optimizer, self.mesh)
+        return abstract_state(self.blueprint, self.optimizer, self.mesh, self.split)
+
+    def init_state(self) -> TrainState:
+        """Step 0."""
+        return init_state(self.blueprint, self.optimizer, self.config.seed, self.mesh, self.split)
 
     @cached_property
     def batch(self) -> Batch:
@@ -46,7 +60,13 @@ class Job:
     @cached_property
     def train_step(self) -> CompiledStep[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
         return compile_train_step(
-            self.blueprint, self.optimizer, self.state, self.batch, self.mesh, trace=self.config.train.trace_every > 0
+            self.blueprint,
+            self.optimizer,
+            self.state,
+            self.batch,
+            self.mesh,
+            trace=self.config.train.trace_every > 0,
+            gradients=jax.tree.map(lambda a: a.sharding, self.split) if self.config.train.zero_stage == 2 else None,
         )
 
     @cached_property
@@ -54,10 +74,10 @@ class Job:
         return compile_eval_step(self.blueprint, self.batch, self.mesh)
 
     def to_device(self, rows: Mapping[str, np.ndarray]) -> Batch:
-        """This process's share of a batch, laid over the mesh."""
+        """A whole batch laid over the mesh; every process has all of its rows and hands over what its devices hold."""
         return Batch(
             **{
-                name: jax.make_array_from_process_local_data(abstract.sharding, rows[name], abstract.shape)
+                name: jax.make_array_from_callback(abstract.shape, abstract.sharding, rows[name].__getitem__)
                 for name, abstract in self.batch._asdict().items()
             }
         )

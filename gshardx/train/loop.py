@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import NamedTuple
 
@@ -14,8 +14,10 @@ import jax
 from gshardx.checkpoint.store import CheckpointStore
 from gshardx.config import Config
 from gshardx.data.pipeline import Rows, training_rows
+from gshardx.errors import BadInput
 from gshardx.models.moe import dispatcher_reason
 from gshardx.sharding import one_program_at_a_time
+from gshardx.sharding.distributed import Largest, exchange, fetch, on_first, together
 from gshardx.train.evaluate import bits_per_byte
 from gshardx.train.flops import forward_flops_per_token, peak_flops
 from gshardx.train.job import Job
@@ -43,23 +45,15 @@ def train(config: Config, run: RunDir, command: str) -> int:
     Raises:
         BadInput: see the parts.
     """
-    with run.lock():
-        if run.config.exists() and run.has_checkpoints:
-            for change in run.check_config(config):
-                say(f"changed since the last start: {change}")
-        text = read_text(config.data)
-        facts = {"tokenizer": run.keep_tokenizer(text.tokenizer), "data": text.digest}
+    with on_first(run.lock) or nullcontext():
+        on_first(lambda: tell_changes(config, run))
+        text = together(lambda: read_text(config.data))
+        facts = facts_of(run, text)
         job = Job.of(config, text.tokenizer.vocab_size)
-        rows = training_rows(
-            text.training,
-            config.data.sequence_length,
-            config.train.batch_size // jax.process_count(),
-            config.seed,
-            jax.process_index(),
-            jax.process_count(),
-        )
+        # Every process packs whole batches, so that a run does not depend on how many there are.
+        rows = training_rows(text.training, config.data.sequence_length, config.train.batch_size, config.seed)
         state, first = resume_or_start(job, run, rows, facts, say)
-        run.write_config(config)
+        on_first(lambda: run.write_config(config))
         store = CheckpointStore(run.checkpoints, config.checkpoint.every, config.checkpoint.keep, facts)
         try:
             with caught_signals() as caught:
@@ -67,12 +61,34 @@ def train(config: Config, run: RunDir, command: str) -> int:
         finally:
             store.close()
         if ended.step < config.train.steps:
-            number = caught[0]
-            say(f"saved step {ended.step} after {signal.Signals(number).name}; to continue: {command}")
-            return 128 + number
+            say(f"saved step {ended.step} after {signal.Signals(ended.signal).name}; to continue: {command}")
+            return 128 + ended.signal
         bits = bits_per_byte(job, ended.state.variables, text) if ended.bits is None else ended.bits
         report(job, run, text, ended.state.variables, bits, command, say)
         return 0
+
+
+def tell_changes(config: Config, run: RunDir) -> None:
+    """Say what differs from the run's last start.
+
+    Raises:
+        BadInput: a change that a run can't take.
+    """
+    if run.config.exists() and run.has_checkpoints:
+        for change in run.check_config(config):
+            say(f"changed since the last start: {change}")
+
+
+def facts_of(run: RunDir, text: Text) -> dict[str, str]:
+    """What a checkpoint is bound to: digests of the tokenizer, which is kept, and of the training tokens.
+
+    Raises:
+        BadInput: the run has another tokenizer, or processes have read different texts.
+    """
+    tokenizer = exchange(on_first(lambda: run.keep_tokenizer(text.tokenizer)) or "")[0]
+    if len(set(exchange(text.digest))) > 1:
+        raise BadInput("data: the processes have read different texts; give each the same files")
+    return {"tokenizer": tokenizer, "data": text.digest}
 
 
 def say(line: str) -> None:
@@ -82,11 +98,13 @@ def say(line: str) -> None:
 
 
 class Ended(NamedTuple):
-    """Where stepping ended: the saved state, its step, and the last evaluation's bits per byte, if there was one."""
+    """Where stepping ended: the saved state, its step, the last evaluation's bits per byte, if there was one, and the
+    signal that ended it, or 0."""
 
     state: TrainState
     step: int
     bits: float | None
+    signal: int
 
 
 def run_steps(
@@ -103,37 +121,38 @@ def run_steps(
     config, last, bits = job.config, first, None
     if first >= config.train.steps:
         say(f"{run.path} has reached step {first} of {config.train.steps}; raise --train.steps to go on")
-        return Ended(state, first, None)
+        return Ended(state, first, None, 0)
     say(f"dispatcher {dispatcher_reason(config.model.moe, config.data.sequence_length)}")
     say(f"compiling for mesh {config.mesh}")
     step_program, _ = job.train_step, job.eval_step
     wait = one_program_at_a_time(job.mesh)
     trackers = Trackers(run, first_step=first + 1)
+    largest, number = Largest(job.mesh), 0
     with Progress(config.train.steps, first) as progress:
         meter = Meter(job, trackers, progress)
         for last in range(first + 1, config.train.steps + 1):
             batch = next(rows)
             state, metrics = step_program(state, job.to_device(batch))
             if metrics.experts is not None and last % config.train.trace_every == 0:
-                trackers.trace(last, batch, metrics.experts)
+                trackers.trace(last, batch, fetch(metrics.experts))
             meter.put(last, metrics._replace(experts=None))
             if wait:
                 jax.block_until_ready(state)
-            ended, stop = last == config.train.steps, bool(caught)
+            ended, number = last == config.train.steps, largest(caught[0] if caught else 0)
             store.check()
-            store.save(last, items_of(state, rows), force=ended or stop)
+            store.save(last, items_of(state, rows), force=ended or number > 0)
             if ended or (config.train.eval_every and last % config.train.eval_every == 0):
                 with meter.paused():
                     bits = bits_per_byte(job, state.variables, text)
                 meter.flush({"evaluation/bits_per_byte": bits})
             elif wait:
                 meter.flush()
-            if stop:
+            if number:
                 break
         meter.flush()
     trackers.close()
     store.wait()
-    return Ended(state, last, bits)
+    return Ended(state, last, bits, number)
 
 
 class _Pending(NamedTuple):

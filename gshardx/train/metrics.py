@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import rich.progress
-from jaxtyping import Array, Int
+from jaxtyping import Int
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -90,7 +90,7 @@ class Trackers:
         except OSError as error:
             self._give_up(error)
 
-    def trace(self, step: int, rows: Rows, experts: Int[Array, "layer b t k"]) -> None:
+    def trace(self, step: int, rows: Rows, experts: Int[np.ndarray, "layer b t k"]) -> None:
         """Write a routing trace."""
         if not self._active:
             return

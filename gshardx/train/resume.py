@@ -1,9 +1,13 @@
 """Where a run starts: from its newest good checkpoint, or from nothing."""
 
-from collections.abc import Callable
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import jax.numpy as jnp
 
 from gshardx.checkpoint.manifest import read_manifest
@@ -12,9 +16,38 @@ from gshardx.data.pipeline import Rows
 from gshardx.errors import BadInput
 from gshardx.models.items import items_of as model_items
 from gshardx.models.items import variables_of
+from gshardx.sharding.distributed import exchange, on_first
 from gshardx.train.job import Job
 from gshardx.train.run_dir import RunDir
-from gshardx.train.state import TrainState, init_state
+from gshardx.train.state import TrainState
+
+_POSITION = "process_0-of-1.json"  # Grain's own name for one process, so that runs go on with any number of them
+
+
+class Position:
+    """Where ``rows`` stand, as a checkpoint keeps it: one file, since every process reads the same rows."""
+
+    def __init__(self, rows: grain.DatasetIterator[Rows]) -> None:
+        self._rows = rows
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Called by Orbax on every process; process 0 writes."""
+        text = json.dumps(self._rows.get_state(), indent=4)
+
+        async def write() -> None:
+            folder: Path = await directory.await_creation()
+            if jax.process_index() == 0:
+                await asyncio.to_thread((folder / _POSITION).write_text, text)
+
+        return write()
+
+    async def load(self, directory: Path) -> Awaitable[None]:
+        """Called by Orbax; moves the rows."""
+
+        async def read() -> None:
+            self._rows.set_state(json.loads(await asyncio.to_thread((directory / _POSITION).read_text)))
+
+        return read()
 
 
 def items_of(state: TrainState, rows: grain.DatasetIterator[Rows]) -> Items:
@@ -23,7 +56,7 @@ def items_of(state: TrainState, rows: grain.DatasetIterator[Rows]) -> Items:
         "optimizer": state.opt_state,
         "rng": {"key": state.rng},
         "balance": {"weight": state.balance_weight},
-        "data": rows,
+        "data": Position(rows),
     }
 
 
@@ -37,10 +70,10 @@ def resume_or_start(
     Raises:
         BadInput: the checkpoint was made from other text or by another model.
     """
-    step = newest_good_step(run.checkpoints, report=say)
-    set_aside(run.checkpoints, after=-1 if step is None else step)
-    if step is None:
-        return init_state(job.blueprint, job.optimizer, job.config.seed, job.mesh), 0
+    step = on_first(lambda: _choose_step(run, say))
+    step = int(exchange("-1" if step is None else str(step))[0])
+    if step < 0:
+        return job.init_state(), 0
     manifest = read_manifest(run.checkpoints / str(step))
     assert manifest is not None
     for name, now in facts.items():
@@ -61,3 +94,10 @@ def resume_or_start(
     )
     say(f"resuming {run.path} from step {step}")
     return state, step
+
+
+def _choose_step(run: RunDir, say: Callable[[str], None]) -> int | None:
+    """The newest good step; damaged ones later than it are moved out of the way."""
+    step = newest_good_step(run.checkpoints, report=say)
+    set_aside(run.checkpoints, after=-1 if step is None else step)
+    return step

@@ -14,6 +14,7 @@ from gshardx.errors import BadInput
 FREE_TO_CHANGE = (
     "run_dir",
     "mesh.",
+    "train.zero_stage",
     "train.steps",
     "train.log_every",
     "train.eval_every",

@@ -33,9 +33,29 @@ class TrainState:
         return Variables(self.params, self.router)
 
 
-def init_state(blueprint: Blueprint, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """Step 0, every array created in its shards."""
-    abstract = abstract_state(blueprint, optimizer, mesh)
+def whole_over_fsdp(params: Params) -> Params:
+    """Abstract ``params`` without mesh axis ``fsdp`` in any dimension: where ZeRO stages 1 and 2 keep them."""
+
+    def place(array: Any) -> Any:
+        spec = [
+            tuple(axis for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis not in ("fsdp", None))
+            for entry in array.sharding.spec
+        ]
+        sharding = NamedSharding(array.sharding.mesh, PartitionSpec(*(axes or None for axes in spec)))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return jax.tree.map(place, params)
+
+
+def init_state(
+    blueprint: Blueprint,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    split: Params | None = None,
+) -> TrainState:
+    """Step 0, every array created in its shards; ``split`` as in :func:`abstract_state`."""
+    abstract = abstract_state(blueprint, optimizer, mesh, split)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     init_key, run_key = jax.random.split(jax.random.key(seed))
     # Waited for: two programs in flight can starve each other on simulated devices.
@@ -50,8 +70,11 @@ def init_state(blueprint: Blueprint, optimizer: optax.GradientTransformation, se
     return jax.block_until_ready(TrainState(step, params, opt_state, rng, blueprint.init_router(), balance_weight))
 
 
-def abstract_state(blueprint: Blueprint, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a state: moments live where their parameter lives, counters everywhere."""
+def abstract_state(
+    blueprint: Blueprint, optimizer: optax.GradientTransformation, mesh: Mesh, split: Params | None = None
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state: counters live everywhere, parameters where the blueprint says, moments
+    where ``split`` has their parameter (default: with the parameter)."""
     config, everywhere = blueprint.config, NamedSharding(mesh, PartitionSpec())
 
     def place(array: Any, sharding: NamedSharding) -> Any:
@@ -61,7 +84,7 @@ def abstract_state(blueprint: Blueprint, optimizer: optax.GradientTransformation
         optimizer,
         lambda array, param: place(array, param.sharding),
         jax.eval_shape(optimizer.init, blueprint.params),
-        blueprint.params,
+        blueprint.params if split is None else split,
         transform_non_params=lambda array: place(array, everywhere),
     )
     return TrainState(

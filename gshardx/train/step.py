@@ -71,8 +71,12 @@ def train_step(
     state: TrainState,
     batch: Batch,
     trace: bool = False,
+    gradients: Params | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update: mean cross-entropy of the targets plus the auxiliary losses; then the routers' own updates."""
+    """One update: mean cross-entropy of the targets plus the auxiliary losses; then the routers' own updates.
+
+    ``gradients``: shardings that the gradient is reduced into, one a parameter; None leaves it to the partitioner.
+    """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     count, config = batch.weights.sum(), blueprint.config.moe
 
@@ -82,6 +86,8 @@ def train_step(
         return loss + auxiliary_loss(moe.losses, config.losses, state.balance_weight), (loss, moe)
 
     gradient, (loss, moe) = jax.grad(objective, has_aux=True)(state.params)
+    if gradients is not None:
+        gradient = jax.lax.with_sharding_constraint(gradient, gradients)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     router = blueprint.bind(state.params).stack.after_step(moe.state)
@@ -121,14 +127,15 @@ def compile_train_step(
     batch: Batch,
     mesh: Mesh,
     trace: bool = False,
+    gradients: Params | None = None,
 ) -> CompiledStep[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Compile for abstract ``state`` and ``batch``; the state's buffers are reused (donated) for the next state.
 
-    With ``trace`` the metrics hold every token's choices.
+    With ``trace`` the metrics hold every token's choices. ``gradients``: shardings, as in :func:`train_step`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_step(blueprint, optimizer, state, batch, trace)
+        return train_step(blueprint, optimizer, state, batch, trace, gradients)
 
     shardings = jax.tree.map(lambda a: a.sharding, state)
     return CompiledStep(step, (state, batch), mesh, donate=(0,), out_shardings=(shardings, None))

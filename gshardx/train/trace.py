@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from gshardx.data.pipeline import Rows
 
@@ -19,11 +19,11 @@ class Trace(NamedTuple):
     experts: Int[np.ndarray, "layer b t k"]
 
 
-def write_trace(folder: Path, step: int, rows: Rows, experts: Int[Array, "layer b t k"]) -> Path:
+def write_trace(folder: Path, step: int, rows: Rows, experts: Int[np.ndarray, "layer b t k"]) -> Path:
     """Write RUN_DIR/routing/STEP.npz, whole or not at all, and return its path."""
     folder.mkdir(exist_ok=True)
     path, scratch = folder / f"{step}.npz", folder / "unfinished.npz"
-    arrays = {"tokens": rows["tokens"], "segments": rows["segments"], "experts": np.asarray(experts)}
+    arrays = {"tokens": rows["tokens"], "segments": rows["segments"], "experts": experts}
     smallest: Any = {name: _smallest(array) for name, array in arrays.items()}
     np.savez_compressed(scratch, **smallest)
     return scratch.replace(path)

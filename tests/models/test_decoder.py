@@ -1,4 +1,4 @@
-"""The decoder: depth costs no HLO, layouts change no number."""
+"""The decoder: depth costs no HLO, packing changes no number."""
 
 import jax
 import numpy as np
@@ -60,28 +60,6 @@ def train(config, mesh_config, steps=2):
 def test_hlo_size_does_not_grow_with_depth():
     sizes = [compiled(model(layers), MeshConfig(expert=8))[-1].hlo_instructions for layers in (4, 16)]
     assert sizes[0] == sizes[1] > 100
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh_config",
-    [
-        MeshConfig(data=2, fsdp=2, expert=2),
-        MeshConfig(expert=4, tensor=2),
-        MeshConfig(fsdp=4, tensor=2),
-    ],
-    ids=str,
-)
-def test_every_mesh_trains_like_one_device(mesh_config):
-    config = model(router_options={"second_expert": "random"})
-    expected_losses, expected = train(config, MeshConfig())
-    losses, params = train(config, mesh_config)
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    # Adam's first update is lr * sign(g): where g is rounding noise the sign is too, so a few entries may differ by lr.
-    far = [
-        np.mean(np.abs(a - b) > 1e-5) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True)
-    ]
-    assert max(far) < 0.01
 
 
 def test_padding_and_packing_change_no_loss():

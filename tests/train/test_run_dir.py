@@ -130,7 +130,7 @@ FREE = [key for key in KEYS if key.startswith(FREE_TO_CHANGE)]
 
 
 def with_room_to_change():
-    return Config(data=DataConfig(vocab_size=2048), train=TrainConfig(batch_size=64))
+    return Config(data=DataConfig(vocab_size=2048), train=TrainConfig(batch_size=64, zero_stage=1))
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in FREE])
