@@ -1,5 +1,8 @@
-"""The benchmarks of the MoE layer run; what they measure, nobody checks here."""
+"""The benchmarks of the MoE layer run, and the scaling study tells what it found; what they measure, nobody checks
+here.
+"""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from gshardx.cli import parse_config
+from gshardx.sharding import MeshConfig
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -37,3 +43,158 @@ def test_every_table_of_the_gpu_benchmark(tmp_path):
     assert (tmp_path / "tables.md").read_text() == printed
     for layer in ("gather, capacity 1.0", "gather, capacity 1.25", "ragged, dropless"):
         assert f"| gshardx {layer}" in printed
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("scaling")
+
+
+def recorded(config="gshard/12l_128e", chips=8, seconds=30.0, plan=None, **changed):
+    """A record of the scaling study; ``changed`` are facts of its plan."""
+    layers, experts = (int(part[:-1]) for part in config.removeprefix("gshard/").split("_"))
+    facts = {
+        "fits": True, "parameters": 13_152_576_512, "active_parameters": 469_001_216, "moe_layers": 6,
+        "memory": {
+            "parameters": 2_000_000_000, "optimizer": 4_000_000_000, "gradients": 2_000_000_000,
+            "activations": 500_000_000, "temporaries": 1_500_000_000, "kv_cache": 0, "peak": 10_000_000_000,
+        },
+        "flops_per_device": 1e13, "lower_seconds": 1.25, "compile_seconds": 20.0, "hlo_instructions": 9000,
+        "program_bytes": 58_000_000, "predicted_step_seconds": 0.125, "tokens_per_second": 131_072.0,
+        "mfu_bound": 0.5, "all_to_all_bytes_per_layer": 134_217_728.0,
+    }  # fmt: skip
+    return {
+        "config": config, "chips": chips, "layers": layers, "experts": experts, "mesh": {"expert": chips},
+        "command": "python -m gshardx.plan", "planner_seconds": seconds, "planner_peak_bytes": 2_100_000_000,
+        "planner_cpu_seconds": 25.0,
+        "cores": 2, "others": "3%", "versions": "jax 0.10.2, libtpu 0.0.42.1",
+        "plan": facts | changed if plan is None else plan, "error": None,
+    }  # fmt: skip
+
+
+def cells(lines, number=0):
+    """Of row ``number`` of a Markdown table, by column."""
+    names, _, *rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    return {name.strip(): value.strip() for name, value in zip(names, rows[number], strict=True)}
+
+
+def test_a_row_of_the_scaling_study(scaling):
+    first = cells(scaling.table("gshard", [recorded()]))
+    assert (first["model"], first["parameters"], first["mesh"], first["fits"]) == (
+        "12l_128e",
+        "13.2 B",
+        "expert 8",
+        "yes",
+    )
+    assert (first["lower s"], first["compile s"], first["HLO instructions"]) == ("1.25", "20.0", "9,000")
+    assert (first["memory GB"], first["of it"]) == ("10.0", "2.00 + 4.00 + 2.00 + 0.500 + 1.50")
+    assert (first["all-to-all MB a layer"], first["predicted step s"], first["MFU at most"]) == ("134", "0.125", "50%")
+    assert (first["planner s"], first["of CPU"], first["planner GB"]) == ("30.0", "25.0", "2.10")
+
+
+def test_a_row_without_figures_says_why(scaling):
+    names = ("compile_seconds", "hlo_instructions", "program_bytes", "predicted_step_seconds", "mfu_bound")
+    kinds = dict.fromkeys(recorded()["plan"]["memory"]) | {"parameters": 10_000_000_000, "peak": 469_000_000_000}
+    large = recorded(fits=False, memory=kinds, all_to_all_bytes_per_layer=None, **dict.fromkeys(names))
+    failed = recorded() | {"plan": None, "error": "error: no | TPU compiler"}
+    lines = list(scaling.table("gshard", [large, failed]))
+    row = cells(lines)
+    assert (row["fits"], row["memory GB"], row["of it"]) == ("does not fit", "469", "10.0 + ? + ? + ? + ?")
+    assert row["compile s"] == row["HLO instructions"] == row["all-to-all MB a layer"] == ""
+    assert cells(lines, 1)["fits"] == "no plan: error: no / TPU compiler"
+    assert any("not measured" in line for line in scaling.goals([large, failed]))
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        ([(8, {}), (128, {"hlo_instructions": 9090})], "differ by at most 1 %; it is 1.00 %: reached"),
+        ([(8, {}), (128, {"hlo_instructions": 9100})], "differ by at most 1 %; it is 1.11 %: missed"),
+        ([(8, {})], "differ by at most 1 %; not measured"),
+        ([(8, {}), (2048, {"compile_seconds": 29.0})], "over that for 8 at most 1.5 x; it is 1.45 x: reached"),
+        ([(8, {}), (2048, {"compile_seconds": 31.0})], "over that for 8 at most 1.5 x; it is 1.55 x: missed"),
+        ([(8, {}), (512, {"compile_seconds": 99.0})], "at most 1.5 x; not measured"),
+    ],
+    ids=str,
+)
+def test_goals_over_numbers_of_chips(scaling, records, told):
+    lines = list(scaling.goals([recorded(chips=chips, **changed) for chips, changed in records]))
+    assert sum(told in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("peak", "verdict"), [(10.9e9, "9.00 %: reached"), (11.7e9, "17.0 %: missed")])
+def test_memory_goal_compares_chips_that_each_hold_one_expert(scaling, peak, verdict):
+    memory = recorded()["plan"]["memory"]
+    one_each = [recorded(chips=128), recorded("gshard/12l_2048e", 2048, memory=memory | {"peak": peak})]
+    others = [recorded(chips=8, memory=memory | {"peak": 30e9}), recorded("gshard/36l_2048e", 2048)]
+    (line,) = [line for line in scaling.goals([*others, *one_each]) if "memory of a chip" in line]
+    assert verdict in line
+    assert f"{peak / 1e9:.2f} GB with 2,048" in line
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(119.0, "119 s: reached"), (121.0, "121 s: missed")])
+def test_time_goal_is_the_600b_s_on_2048_chips(scaling, seconds, verdict):
+    records = [recorded("gshard/36l_2048e", 512, 500.0), recorded("gshard/36l_2048e", 2048, seconds)]
+    (line,) = [line for line in scaling.goals(records) if "600B" in line]
+    assert verdict in line
+
+
+def test_an_interrupted_study_goes_on_where_it_was(scaling, monkeypatch, tmp_path):
+    """Cases with a plan are not run again; one without is. Each is a process, whose exit code is read."""
+    facts = recorded()["plan"] | {
+        "collectives": [
+            {"op": "all-to-all", "axes": ["expert"], "count": 12, "bytes_per_device": 600},
+            {"op": "all-reduce", "axes": ["data"], "count": 1, "bytes_per_device": 7},
+        ]
+    }
+    program = f"import sys; print({json.dumps(json.dumps(facts))}); sys.exit(CODE)"
+    codes = {8: 0, 32: 4, 128: 1}
+    monkeypatch.setattr(
+        scaling, "command", lambda case: [sys.executable, "-c", program.replace("CODE", str(codes[case.chips]))]
+    )
+    out, cases = tmp_path / "study.jsonl", [scaling.Case("gshard/12l_128e", chips) for chips in codes]
+    records = scaling.study(cases, out, limit=60.0)
+    assert [record["plan"] is None for record in records] == [False, False, True]
+    assert records[2]["error"] == "ended with code 1, without a word"
+    assert records[0]["plan"]["all_to_all_bytes_per_layer"] == 100
+    again = scaling.study(cases, out, limit=60.0)
+    assert again[:2] == records[:2]
+    assert len(out.read_text().splitlines()) == 4  # the failed one twice
+
+
+def test_a_process_s_largest_memory_is_read(scaling):
+    code, out, _, used = scaling.measured([sys.executable, "-c", "x = b'x' * 3 * 10**8; print('done')"], limit=60.0)
+    assert (code, out) == (0, "done\n")
+    assert 3e8 < used.ru_maxrss * 1024 < 3e9
+
+
+def test_a_case_that_takes_too_long_is_stopped(scaling, monkeypatch):
+    monkeypatch.setattr(scaling, "command", lambda case: [sys.executable, "-c", "import time; time.sleep(60)"])
+    record = scaling.run(scaling.Case("gshard/12l_128e", 8), limit=0.5)
+    assert record["plan"] is None
+    assert record["error"].startswith("stopped after")
+
+
+def test_the_tables_go_between_the_page_s_markers(scaling):
+    page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text()
+    once = scaling.filled(page, "first\n")
+    assert scaling.filled(once, "second\n") == once.replace("first", "second")
+    before, after = page.split(scaling.BEGIN)[0], page.split(scaling.END)[1]
+    assert once == f"{before}{scaling.BEGIN}\nfirst\n{scaling.END}{after}"
+    with pytest.raises(SystemExit, match="no <!-- scaling:begin -->"):
+        scaling.filled("no markers", "first")
+
+
+def test_meshes_of_the_study(scaling):
+    """Small models get all chips on the expert axis; larger ones as many on fsdp as their state needs."""
+    assert scaling.widest_mesh(64, 6 * 10**9, 10**9, 2048, 128) == MeshConfig(fsdp=2, expert=64)
+    assert scaling.widest_mesh(128, 227 * 10**9, 8 * 10**9, 4096, 128) == MeshConfig(fsdp=8, expert=16)
+    assert scaling.widest_mesh(8, 45 * 10**9, 2 * 10**9, 4096, 2048) == MeshConfig(data=4, fsdp=64, expert=8)
+    for config in ("gshard/12l_512e", "models/deepseek_v3"):
+        for chips in (8, 2048):
+            command = scaling.command(scaling.Case(config, chips))
+            file, flags = BENCHMARKS.parent / command[4], command[8:]
+            planned, _ = parse_config("scaling", "", [f"--config={file}", *flags])
+            assert planned.mesh.size == chips
+            assert planned.train.batch_size == chips * (2 if config.startswith("gshard") else 1)

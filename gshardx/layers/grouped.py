@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gshardx.layers.blocked import blocked_matmul
+from gshardx.sharding import backend
 
 
 def grouped_matmul(
@@ -18,12 +19,11 @@ def grouped_matmul(
     """``rows[i] @ weights[expert of i]``; the first ``sizes[0]`` rows are expert 0's, and so on. Rows after the last
     become 0. On accelerators tokamax where it is installed, else ``jax.lax.ragged_dot``; on CPUs blocks.
     """
-    backend = jax.default_backend()
-    if backend == "cpu":
+    if backend() == "cpu":
         return blocked_matmul(rows, weights, sizes)
-    if has_fast_kernel(backend):
+    if has_fast_kernel(backend()):
         return _without_rest(_tokamax_ragged_dot()(rows, weights, sizes), sizes)
-    if backend == "gpu":
+    if backend() == "gpu":
         _warn_about_gpus()
     return _without_rest(jax.lax.ragged_dot(rows, weights, sizes), sizes)
 
@@ -33,9 +33,9 @@ def _without_rest(out: Float[Array, "r b"], sizes: Int[Array, "e"]) -> Float[Arr
     return jnp.where(jnp.arange(len(out))[:, None] < sizes.sum(), out, 0)
 
 
-def has_fast_kernel(backend: str) -> bool:
-    """Whether :func:`grouped_matmul` is much faster on ``backend`` than a product for every expert and token."""
-    return backend == "cpu" or importlib.util.find_spec("tokamax") is not None
+def has_fast_kernel(on: str) -> bool:
+    """Whether :func:`grouped_matmul` is much faster on backend ``on`` than a product for every expert and token."""
+    return on == "cpu" or importlib.util.find_spec("tokamax") is not None
 
 
 @functools.cache

@@ -3,15 +3,16 @@
 from gshardx.sharding.annotate import axis_size, manual, replicate, reshard, shard, split
 from gshardx.sharding.axes import RULES, Rules, abstract_array, partition_spec, variable_axes, variable_spec
 from gshardx.sharding.collectives import Allowance, Budget, Collective, collectives, totals
-from gshardx.sharding.compile import ArgumentChanged, CompiledStep, Memory
+from gshardx.sharding.compile import ArgumentChanged, ArgumentUsedUp, CompiledStep, Memory
 from gshardx.sharding.describe import Description, Row, describe
 from gshardx.sharding.guard import CompileForbidden, count_compiles, forbid_compile
-from gshardx.sharding.mesh import MeshConfig, build_mesh, one_program_at_a_time, simulate_devices
+from gshardx.sharding.mesh import MeshConfig, backend, build_mesh, one_program_at_a_time, simulate_devices
 
 __all__ = [
     "RULES",
     "Allowance",
     "ArgumentChanged",
+    "ArgumentUsedUp",
     "Budget",
     "Collective",
     "CompileForbidden",
@@ -23,6 +24,7 @@ __all__ = [
     "Rules",
     "abstract_array",
     "axis_size",
+    "backend",
     "build_mesh",
     "collectives",
     "count_compiles",

@@ -56,6 +56,8 @@ class Collective:
 def collectives(compiled: jax.stages.Compiled | Program | str, mesh: Mesh) -> list[Collective]:
     """Every collective instruction of a program compiled for ``mesh``, in the order of its text.
 
+    Those whose groups are single devices are left out: they send nothing.
+
     Args:
         compiled: what ``jax.jit(f).lower(...).compile()`` gives, its text, or the parsed text.
         mesh: the mesh that the program was compiled for; names the axes.
@@ -66,11 +68,12 @@ def collectives(compiled: jax.stages.Compiled | Program | str, mesh: Mesh) -> li
     found = []
     for instruction, computation, times in program.executed():
         op = instruction.op.removesuffix("-start")
-        if op in OPS:
+        axes = _axes(_groups(instruction, mesh.size), mesh) if op in OPS else ()
+        if axes:
             found.append(
                 Collective(
                     op,
-                    _axes(_groups(instruction, mesh.size), mesh),
+                    axes,
                     times,
                     times * _operand_bytes(op, instruction, computation),
                     program.source(instruction),

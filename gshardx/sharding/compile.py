@@ -10,6 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, Sharding
 
 from gshardx.sharding.collectives import Collective, collectives
@@ -40,6 +41,10 @@ class Memory:
 
 class ArgumentChanged(TypeError):
     """A compiled step was called with another shape, dtype, sharding or structure than it was compiled for."""
+
+
+class ArgumentUsedUp(RuntimeError):
+    """A compiled step was called with an array whose memory an earlier call was given (donated)."""
 
 
 class CompiledStep(Generic[P, R]):
@@ -78,6 +83,7 @@ class CompiledStep(Generic[P, R]):
             lowered = jitted.lower(*abstract)
             middle = time.perf_counter()
             self.executable = lowered.compile()
+        self._lowered = lowered if mesh.devices.flat[0].platform == "cpu" else None
         self.lower_seconds, self.compile_seconds = middle - start, time.perf_counter() - middle
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -85,7 +91,10 @@ class CompiledStep(Generic[P, R]):
 
         Raises:
             ArgumentChanged: another shape, dtype, sharding or structure; it names the argument. Nothing is compiled.
+            ArgumentUsedUp: an array that an earlier call was given to reuse.
         """
+        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(args)):
+            raise ArgumentUsedUp(self._used_up(args))  # jax 0.10 ends the process instead
         try:
             result: R = self.executable(*args, **kwargs)
         except (TypeError, ValueError) as error:
@@ -114,6 +123,14 @@ class CompiledStep(Generic[P, R]):
                     yield f"{where} is {_typed(leaf)}; it was {_typed(aval)}"
                 elif sharding is not None and not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
                     yield f"{where} {_typed(leaf)} lies at {_placed(leaf.sharding)}; it was {_placed(sharding)}"
+
+    def _used_up(self, args: tuple[Any, ...]) -> str:
+        names = dict(zip(self._arguments, args, strict=False))
+        gone = next(path for path, leaf in jax.tree.leaves_with_path(names) if leaf.is_deleted())
+        return (
+            f"{self.name}: {gone[0].key}{jax.tree_util.keystr(gone[1:])} was donated to an earlier call; "
+            "pass on what that call returned"
+        )
 
     @property
     def input_shardings(self) -> tuple[Any, ...]:
@@ -163,10 +180,22 @@ class CompiledStep(Generic[P, R]):
         )
 
     def serialize(self) -> bytes:
-        """The executable, to be loaded by :meth:`deserialize` on the same kind and number of devices and versions."""
+        """The executable, to be loaded by :meth:`deserialize` on the same kind and number of devices and versions.
+
+        On CPUs it is compiled again for that: what came from the persistent cache can't be written a second time (jax
+        0.10 and 0.12: what is written then lacks functions, and fails with NOT_FOUND once loaded).
+
+        Raises:
+            ValueError: on CPUs, of a step that was itself loaded.
+        """
+        executable = self.executable
+        if self.mesh.devices.flat[0].platform == "cpu":
+            if self._lowered is None:
+                raise ValueError(f"{self.name} was loaded; on CPUs XLA can't write it again: keep the bytes")
+            executable = _compiled_without_cache(self._lowered)
         return pickle.dumps(
             (
-                serialize_executable.serialize(self.executable),
+                serialize_executable.serialize(executable),
                 self.name,
                 self._arguments,
                 self.donated,
@@ -186,10 +215,24 @@ class CompiledStep(Generic[P, R]):
         step: CompiledStep[..., Any] = cls.__new__(cls)
         step.name, step.mesh, step.donated, step._arguments = name, mesh, donated, arguments
         step.lower_seconds, step.compile_seconds = seconds
+        step._lowered = None
         step.executable = serialize_executable.deserialize_and_load(
             code, in_tree, out_tree, execution_devices=list(mesh.devices.flat)
         )
         return step
+
+
+def _compiled_without_cache(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    config: Any = jax.config
+    before = config.jax_enable_compilation_cache
+    config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        # An option, at its default, because without one the executable would be the one in hand.
+        return lowered.compile(compiler_options={"xla_embed_ir_in_executable": False})
+    finally:
+        config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _same_structure(a: Any, b: Any) -> bool:

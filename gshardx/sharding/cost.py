@@ -6,6 +6,7 @@ XLA's own ``cost_analysis`` counts a loop's body once, so a scanned stack of 60 
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,18 +19,25 @@ _FREE = {
 """Instructions that move nothing of their own."""
 
 
-def matmul_flops(program: Program) -> int:
-    """FLOPs of the matrix products that one device executes in a run, 2 a multiply-add; nothing else is counted."""
-    return sum(times * flops for flops, times in _products(program))
+class Cost(NamedTuple):
+    """Of one instruction: FLOPs of its matrix products, bytes that it reads and writes, and how often it runs."""
+
+    flops: int
+    bytes: int
+    times: int
 
 
-def _products(program: Program) -> Iterator[tuple[int, int]]:
+def costs(program: Program) -> Iterator[Cost]:
+    """What each instruction that a run executes costs one device."""
     for instruction, computation, times in program.executed():
         fused = program.fused(instruction)
-        if fused is None:
-            yield _flops(instruction, computation), times
-        else:
-            yield sum(_nested(program, fused)), times
+        flops = _flops(instruction, computation) if fused is None else sum(_nested(program, fused))
+        yield Cost(flops, _traffic(program, instruction, computation), times)
+
+
+def matmul_flops(program: Program) -> int:
+    """FLOPs of the matrix products that one device executes in a run, 2 a multiply-add; nothing else is counted."""
+    return sum(cost.times * cost.flops for cost in costs(program))
 
 
 def _nested(program: Program, computation: Computation) -> Iterator[int]:
@@ -48,7 +56,7 @@ def _flops(instruction: Instruction, computation: Computation) -> int:
         return 2 * instruction.shapes[0].elements * _sizes(instruction, computation, 0, contracted)
     if instruction.op == "convolution":
         return _convolution_flops(instruction, computation)
-    if instruction.op == "custom-call" and "gemm" in (instruction.find(r'custom_call_target="([^"]*)"') or ""):
+    if instruction.op == "custom-call" and "__cublas$" in (instruction.find(r'custom_call_target="([^"]*)"') or ""):
         contracted = _dims(re.sub(r'"', "", instruction.find(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ""))
         return 2 * instruction.shapes[0].elements * _sizes(instruction, computation, 0, contracted)
     return 0
@@ -105,9 +113,14 @@ def memory_traffic(program: Program) -> int:
     """Bytes that one device reads and writes in its main memory in a run: operands and results of what it executes.
 
     An estimate: fusions count what they slice from an operand rather than the whole, and in-place updates what they
-    write; caches are not modelled.
+    write; caches are not modelled. What stays in a TPU's vector memory is not counted.
     """
-    return sum(times * _traffic(program, one, computation) for one, computation, times in program.executed())
+    return sum(cost.times * cost.bytes for cost in costs(program))
+
+
+def _main(instruction: Instruction) -> int:
+    """Bytes of the result in main memory."""
+    return sum(shape.bytes for shape in instruction.shapes if shape.space == 0)
 
 
 def _traffic(program: Program, instruction: Instruction, computation: Computation) -> int:
@@ -117,10 +130,12 @@ def _traffic(program: Program, instruction: Instruction, computation: Computatio
     fused = program.fused(instruction)
     if fused is None:
         if instruction.op == "dynamic-update-slice":
-            return 2 * operands[1].bytes
+            return 2 * _main(operands[1])
         if instruction.op in ("dynamic-slice", "gather", "slice"):
-            return 2 * instruction.bytes
-        return instruction.bytes + sum(operand.bytes for operand in operands)
+            return 2 * _main(instruction)
+        if instruction.op.endswith("-start") and len(instruction.shapes) > 1:
+            return _main(instruction)  # its result names the operands too
+        return _main(instruction) + sum(map(_main, operands))
     read = sum(_read_of(fused, at, operand) for at, operand in enumerate(operands))
     return read + _written(fused, instruction)
 
@@ -132,10 +147,10 @@ def _read_of(fused: Computation, index: int, operand: Instruction) -> int:
         return 0
     readers = [one for one in fused.values() if inner.name in one.operands]
     if readers and all(one.op in ("dynamic-slice", "slice", "gather") for one in readers):
-        return min(sum(one.bytes for one in readers), operand.bytes)
+        return min(sum(one.bytes for one in readers), _main(operand))
     if readers and all(one.op == "dynamic-update-slice" and one.operands[0] == inner.name for one in readers):
         return 0
-    return operand.bytes
+    return _main(operand)
 
 
 def _written(fused: Computation, instruction: Instruction) -> int:
@@ -144,9 +159,10 @@ def _written(fused: Computation, instruction: Instruction) -> int:
     roots = [root] if root is not None and root.op != "tuple" else []
     if root is not None and root.op == "tuple":
         roots = [fused[name] for name in root.operands if name in fused]
-    if not roots:
-        return instruction.bytes
+    if len(roots) != len(instruction.shapes):
+        return _main(instruction)
     return sum(
-        fused[one.operands[1]].bytes if one.op == "dynamic-update-slice" and one.operands[1] in fused else one.bytes
-        for one in roots
+        fused[one.operands[1]].bytes if one.op == "dynamic-update-slice" and one.operands[1] in fused else shape.bytes
+        for one, shape in zip(roots, instruction.shapes, strict=True)
+        if shape.space == 0
     )

@@ -78,7 +78,8 @@ class _Reasons(logging.Handler):
     @contextmanager
     def kept(self) -> Iterator[None]:
         logger = logging.getLogger("jax")
-        before, propagate = jax.config.read("jax_explain_cache_misses"), logger.propagate
+        config: Any = jax.config
+        before, propagate = config.jax_explain_cache_misses, logger.propagate
         logger.addHandler(self)
         jax.config.update("jax_explain_cache_misses", True)
         logger.propagate = False

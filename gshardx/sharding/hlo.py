@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """One array: XLA's name of its type, and its dimensions."""
+    """One array: XLA's name of its type, its dimensions, and where it lies: 0 is the device's main memory, 1 a TPU's
+    vector memory."""
 
     dtype: str
     dims: tuple[int, ...]
+    space: int = 0
 
     @property
     def elements(self) -> int:
@@ -97,7 +99,8 @@ class Program:
         computation = self.computations[name]
         for instruction in computation.values():
             yield Executed(instruction, computation, times)
-            repeat = times * (self.trip_count(instruction) or 1) if instruction.op == "while" else times
+            passes = self.trip_count(instruction) if instruction.op == "while" else 1
+            repeat = times * (1 if passes is None else passes)
             for called in self.called(instruction):
                 yield from self._executed(called, repeat)
 
@@ -107,7 +110,7 @@ class Program:
             keys = r"body"
         elif instruction.op == "conditional":
             keys = r"true_computation|false_computation|branch_computations"
-        elif instruction.op in ("call", "async-start"):
+        elif instruction.op in ("call", "call-start", "async-start"):
             keys = r"to_apply|calls"
         else:
             return ()
@@ -117,7 +120,7 @@ class Program:
     def fused(self, instruction: Instruction) -> Computation | None:
         """The computation of a fusion."""
         name = instruction.find(r"\bcalls=%?([\w.\-]+)")
-        return self.computations.get(name) if instruction.op == "fusion" and name else None
+        return self.computations.get(name) if instruction.op in ("fusion", "fusion-start") and name else None
 
     def trip_count(self, loop: Instruction) -> int | None:
         """Passes of a ``while``: what XLA wrote beside it, else the constant that its counter is compared with."""
@@ -125,10 +128,12 @@ class Program:
         if known:
             return int(known)
         condition = self.computations[loop.find(r"condition=%?([\w.\-]+)") or ""]
+        inside = [fused for one in condition.values() if (fused := self.fused(one)) is not None]
         counts = [
             int(one.literal)
-            for one in condition.values()
-            if one.op == "constant" and one.shapes[0] in (Shape("s32", ()), Shape("s64", ()), Shape("u32", ()))
+            for computation in (condition, *inside)
+            for one in computation.values()
+            if one.op == "constant" and one.shapes[0][:2] in (("s32", ()), ("s64", ()), ("u32", ()))
         ]
         return counts[0] if len(counts) == 1 else None
 
@@ -171,6 +176,8 @@ def parse(text: str) -> Program:
     return Program(computations, entry, _frames(tables))
 
 
+_SHAPE = r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{[^}]*?(?:S\((\d+)\)[^}]*)?\})?"
+"""Type, dimensions, and the memory space that stands in the layout."""
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
@@ -181,8 +188,8 @@ def _instruction(line: str) -> Instruction | None:
     rest = line[head.end() :]
     end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
     shapes = tuple(
-        Shape(dtype, tuple(int(n) for n in dims.replace("<=", "").split(",") if n))
-        for dtype, dims in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]", re.sub(r"\{[^}]*\}", "", rest[:end]))
+        Shape(dtype, tuple(int(n) for n in dims.replace("<=", "").split(",") if n), int(space or 0))
+        for dtype, dims, space in re.findall(_SHAPE, rest[:end])
     )
     call = re.match(r"\s*([\w\-]+)\(", rest[end:])
     if not call:
@@ -228,12 +235,19 @@ def _frames(tables: Mapping[str, list[str]]) -> dict[int, tuple[str, ...]]:
         number: f"{files.get(field(rest, 'file_name_id'), '?')}:{field(rest, 'line')}"
         for number, rest in numbered("FileLocations")
     }
-    frames: dict[int, tuple[str, ...]] = {}
-    for number, rest in numbered("StackFrames"):  # parents come first; the outermost is its own parent
-        parent = field(rest, "parent_frame_id")
-        here = places.get(field(rest, "file_location_id"), "?")
-        frames[number] = (here, *frames.get(parent, ())) if parent != number else (here,)
-    return frames
+    frames = {
+        number: (places.get(field(rest, "file_location_id"), "?"), field(rest, "parent_frame_id") - 1)
+        for number, rest in numbered("StackFrames")  # XLA prints a parent's number plus 1, so that 1 is none
+    }
+
+    def outwards(number: int) -> Iterator[str]:
+        for _ in frames:
+            if number not in frames:
+                return
+            place, number = frames[number]
+            yield place
+
+    return {number: tuple(outwards(number)) for number in frames}
 
 
 def _short(path: str) -> str:

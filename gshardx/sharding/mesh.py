@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.mesh import get_concrete_mesh  # jax.sharding.get_mesh refuses to answer inside jit (jax 0.10 to 0.12)
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -163,6 +164,13 @@ def _laid_out(shape: tuple[int, ...], island: list[Any]) -> np.ndarray:
     grid = np.empty(len(island), dtype=object)
     grid[:] = island
     return grid.reshape(shape)
+
+
+def backend() -> str:
+    """What a program that is traced here will run on, "cpu", "gpu" or "tpu": the devices of the mesh of
+    ``jax.set_mesh``, which may be those of a topology, else JAX's default."""
+    mesh = get_concrete_mesh()
+    return jax.default_backend() if mesh is None or mesh.empty else str(mesh.devices.flat[0].platform)
 
 
 def one_program_at_a_time(mesh: Mesh) -> bool:

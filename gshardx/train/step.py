@@ -134,17 +134,17 @@ def compile_train_step(
     With ``trace`` the metrics hold every token's choices. ``gradients``: shardings, as in :func:`train_step`.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return train_step(blueprint, optimizer, state, batch, trace, gradients)
 
     shardings = jax.tree.map(lambda a: a.sharding, state)
-    return CompiledStep(step, (state, batch), mesh, donate=(0,), out_shardings=(shardings, None))
+    return CompiledStep(train, (state, batch), mesh, donate=(0,), out_shardings=(shardings, None))
 
 
 def compile_eval_step(blueprint: Blueprint, batch: Batch, mesh: Mesh) -> CompiledStep[[Variables, Batch], Array]:
     """Compile the evaluation for abstract ``batch``."""
 
-    def step(variables: Variables, batch: Batch) -> Array:
+    def forward(variables: Variables, batch: Batch) -> Array:
         return eval_step(blueprint, variables, batch)
 
-    return CompiledStep(step, (blueprint.variables, batch), mesh)
+    return CompiledStep(forward, (blueprint.variables, batch), mesh)

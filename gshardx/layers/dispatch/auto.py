@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 from jaxtyping import Array, Float
 
 from gshardx.layers.dispatch.contract import Dispatcher, Rows, Slots
@@ -11,6 +10,7 @@ from gshardx.layers.dispatch.ragged import Ragged
 from gshardx.layers.dispatch.slots import Einsum, Gather
 from gshardx.layers.grouped import has_fast_kernel
 from gshardx.layers.routing import Routing
+from gshardx.sharding import backend
 
 EINSUM_BELOW = 0.1
 """S/H up to which, on TPUs, one-hot products (2 S/3H of SwiGLU's FLOPs) are preferred to gathers of rows, which
@@ -26,19 +26,19 @@ class Choice(NamedTuple):
 
 
 def choose_dispatcher(
-    *, group: int, hidden: int, num_experts: int, top_k: int, dropless: bool, backend: str | None = None
+    *, group: int, hidden: int, num_experts: int, top_k: int, dropless: bool, on: str | None = None
 ) -> Choice:
     """A dispatcher for a layer, by what benchmarks/moe_layer.py --part crossover measured on a CPU.
 
-    group is s, hidden h; dropless: room for every choice; backend: "cpu", "gpu" or "tpu", default the one in use.
+    group is s, hidden h; dropless: room for every choice; on: "cpu", "gpu", "tpu" or what is compiled for (default).
     """
-    backend = backend or jax.default_backend()
-    if dropless and group >= RAGGED_FROM and has_fast_kernel(backend):
+    on = on or backend()
+    if dropless and group >= RAGGED_FROM and has_fast_kernel(on):
         return Choice(Ragged(), f"ragged: dropless, where slots would be {num_experts / top_k:g} times the choices")
-    if backend == "tpu" and group / hidden <= EINSUM_BELOW:
+    if on == "tpu" and group / hidden <= EINSUM_BELOW:
         return Choice(Einsum(), f"einsum: S/H = {group / hidden:.2f}, so one-hot products cost little")
     why = "dropless by capacity" if dropless else f"S/H = {group / hidden:.2f}"
-    return Choice(Gather(), f"gather: {why} on {backend}")
+    return Choice(Gather(), f"gather: {why} on {on}")
 
 
 @dataclasses.dataclass(frozen=True)

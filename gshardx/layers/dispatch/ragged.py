@@ -18,7 +18,7 @@ from gshardx.layers.dispatch.exchange import AXIS, Compact, Padded
 from gshardx.layers.dispatch.rows import collect, inverse, spread
 from gshardx.layers.routing import Routing
 from gshardx.layers.routing.choice import sort_by_expert
-from gshardx.sharding import axis_size, manual
+from gshardx.sharding import axis_size, backend, manual
 
 
 class _Journey(NamedTuple):
@@ -53,7 +53,7 @@ class Ragged:
         devices = axis_size(AXIS)
         if routing.num_experts % devices:
             raise BadInput(f"{routing.num_experts} experts do not divide over mesh axis {AXIS} = {devices}")
-        compact = self.exchange == "compact" or (self.exchange == "auto" and jax.default_backend() != "cpu")
+        compact = self.exchange == "compact" or (self.exchange == "auto" and backend() != "cpu")
 
         def send(tokens: Array, experts: Array, weights: Array | None) -> Rows:
             return _sent(tokens, experts, weights, routing.num_experts, devices, compact, self.wire)

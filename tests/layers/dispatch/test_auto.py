@@ -14,13 +14,13 @@ SHAPE = {"group": 1024, "hidden": 1024, "num_experts": 8, "top_k": 2, "dropless"
 @pytest.mark.parametrize(
     ("change", "kind", "said"),
     [
-        ({"backend": "cpu"}, Gather, "gather: S/H = 1.00 on cpu"),
-        ({"backend": "gpu"}, Gather, "gather"),
-        ({"backend": "tpu", "hidden": 16384}, Einsum, "S/H = 0.06"),
-        ({"backend": "tpu"}, Gather, "S/H = 1.00"),
-        ({"backend": "cpu", "dropless": True}, Ragged, "4 times the choices"),
-        ({"backend": "cpu", "dropless": True, "num_experts": 512}, Ragged, "256 times"),
-        ({"backend": "cpu", "dropless": True, "group": 1}, Gather, "dropless by capacity"),
+        ({"on": "cpu"}, Gather, "gather: S/H = 1.00 on cpu"),
+        ({"on": "gpu"}, Gather, "gather"),
+        ({"on": "tpu", "hidden": 16384}, Einsum, "S/H = 0.06"),
+        ({"on": "tpu"}, Gather, "S/H = 1.00"),
+        ({"on": "cpu", "dropless": True}, Ragged, "4 times the choices"),
+        ({"on": "cpu", "dropless": True, "num_experts": 512}, Ragged, "256 times"),
+        ({"on": "cpu", "dropless": True, "group": 1}, Gather, "dropless by capacity"),
     ],
     ids=str,
 )
@@ -34,7 +34,7 @@ def test_the_choice_follows_shape_and_backend_and_names_its_reason(change, kind,
 def test_dropless_on_accelerators_is_ragged_only_with_a_fast_kernel(backend, monkeypatch):
     for installed, kind in ((True, Ragged), (False, Gather)):
         monkeypatch.setattr(auto, "has_fast_kernel", lambda _, installed=installed: installed)
-        assert isinstance(choose_dispatcher(**(SHAPE | {"backend": backend, "dropless": True})).dispatcher, kind)
+        assert isinstance(choose_dispatcher(**(SHAPE | {"on": backend, "dropless": True})).dispatcher, kind)
 
 
 def test_a_layer_with_auto_is_a_layer_with_what_it_chose():

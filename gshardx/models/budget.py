@@ -1,0 +1,231 @@
+"""What one step of the decoder may send on a mesh, from formulas; :meth:`Budget.breaches` holds a compiled step to it.
+
+Let b be the rows of one device (of all rows, its share over data, fsdp and expert), t the tokens of a row in this call,
+s those of a group, g = b t / s the device's groups, w the bytes of a value in ``model.dtype`` (``moe.wire`` inside
+exchanges), and *sum* over parameters. Each operation's bytes are those that one device puts in, in one step.
+
+- **Exchanges**, only over ``expert``, in each MoE layer 2 in a forward pass and 4 in a training step (6 where
+  ``remat: full`` repeats the forward pass), each of exactly ``g e c m w`` bytes, c the slots of an expert. Sorted rows
+  (:class:`Ragged`) travel with room for the worst case and one exchange of counts, see :func:`_exchanges`.
+- **Parameters** that live on ``fsdp`` are gathered over it, once in a forward pass, at most twice in a training step:
+  sum of their bytes on this device. Those that only the optimizer splits (ZeRO 1 and 2) are gathered once, after the
+  update.
+- **Gradients** are reduced over the axes that split the batch and not the parameter, all at once or axis by axis: for
+  any subset of these axes, at most the sum of the parameter's bytes, whole over ``fsdp``.
+- **Activations** over ``tensor``: see :func:`_activations`.
+- **Logits** are gathered over ``tensor`` in inference, once: ``b v / tensor`` floats.
+- **Statistics**: some vectors over experts in each MoE layer, and some scalars a parameter (:func:`_small`).
+
+Nothing else: no token, gate or expert's weight is ever gathered over ``expert``.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gshardx.layers import Auto, MoE, Ragged
+from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
+from gshardx.layers.routing import LinearRouter
+from gshardx.models.build import Blueprint, Params
+from gshardx.sharding import Allowance, Budget
+
+Step = Literal["train", "forward", "prefill", "decode"]
+BATCH_AXES = ("data", "fsdp", "expert")
+_FLOAT = 4
+
+
+class _Sizes(NamedTuple):
+    """Of one step on one device; letters as in the module's docstring."""
+
+    step: Step
+    b: int
+    t: int
+    s: int
+    c: int
+    moe_layers: int
+    dense_layers: int
+    expert: int
+    """Devices along ``expert``."""
+    platform: str
+    """ "cpu", "gpu" or "tpu"."""
+
+    @property
+    def g(self) -> int:
+        return self.b * self.t // self.s
+
+    @property
+    def backward(self) -> bool:
+        return self.step == "train"
+
+
+def step_budget(
+    plan: Blueprint, mesh: Mesh, step: Step, *, rows: int, tokens: int, split: Params | None = None
+) -> Budget:
+    """The budget of ``step`` of the model ``plan`` on ``mesh``.
+
+    Args:
+        plan: the model, with the places of its parameters.
+        mesh: where it runs.
+        step: "train", "forward" (the evaluation), "prefill" or "decode".
+        rows: sequences in the step, over all devices.
+        tokens: of each row in this call; 1 in decode.
+        split: abstract parameters where the optimizer's moments live, if elsewhere than the parameters (ZeRO 1 and 2).
+    """
+    moe = cast(MoE, plan.bind(plan.params).stack.units.sparse.feed_forward)
+    sizes = _sizes(plan, mesh, moe, step, rows, tokens)
+    wide = {axis for axis, size in mesh.shape.items() if size > 1}
+    small = _small(plan, moe, sizes)
+    allowances: list[Allowance] = []
+    if "expert" in wide:
+        allowances += _exchanges(plan, moe, sizes)
+    if "fsdp" in wide:
+        allowances += _gathers(plan, sizes, split)
+    if "tensor" in wide:
+        allowances += _activations(plan, moe, sizes, mesh.shape["tensor"], small)
+    if sizes.backward:
+        allowances += _reductions(plan.params, [axis for axis in BATCH_AXES if axis in wide], small)
+    return Budget(tuple(allowances), small)
+
+
+def _sizes(plan: Blueprint, mesh: Mesh, moe: MoE, step: Step, rows: int, tokens: int) -> _Sizes:
+    config, training = plan.config, step == "train"
+    s = (moe.group_size or tokens) if training else tokens
+    router = cast(LinearRouter, moe.router)
+    return _Sizes(
+        step=step,
+        b=rows // math.prod(mesh.shape[axis] for axis in BATCH_AXES),
+        t=tokens,
+        s=s,
+        c=router.capacity.slots(s, router.num_experts, router.top_k, training),
+        moe_layers=config.layers // config.moe.every,
+        dense_layers=config.layers - config.layers // config.moe.every,
+        expert=mesh.shape["expert"],
+        platform=str(mesh.devices.flat[0].platform),
+    )
+
+
+def _exchanges(plan: Blueprint, moe: MoE, z: _Sizes) -> list[Allowance]:
+    """Slots: ``g e c m``. Sorted rows, padded: ``expert`` x bound rows each way, bound = b t min(k, e / expert), and
+    the counts, e int32, once. Compact (not on CPUs): b t k rows leave and ``expert`` x bound come back, since the
+    whole buffer counts; the counts are gathered, e int32.
+
+    XLA's CPU compiler widens bfloat16 to float32 unless it travels as bits (``moe.wire``); TPU's may narrow floats that
+    are multiplied in bfloat16 anyway, so there half the bytes are enough.
+    """
+    e, repeats = moe.router.num_experts, plan.config.remat == "full" and z.backward
+    passes = (1 + z.backward + repeats) * z.moe_layers
+    computed = 4 if z.platform == "cpu" else jnp.dtype(plan.config.dtype).itemsize
+    wire = 2 if plan.config.moe.wire == "bfloat16" else computed
+    narrowest = 1.0 if z.platform == "cpu" else 2 / wire
+    dispatcher = _dispatcher(moe, z)
+    if not isinstance(dispatcher, Ragged):
+        return [_counted("all-to-all", 2 * passes, 2 * passes * z.g * e * z.c * plan.config.width * wire, narrowest)]
+    counted = (1 + repeats) * z.moe_layers
+    row, bound = plan.config.width * wire, z.expert * z.b * z.t * min(moe.router.top_k, e // z.expert)
+    if dispatcher.exchange == "padded" or (dispatcher.exchange == "auto" and z.platform == "cpu"):
+        sent = 2 * passes * bound * row + counted * e * _FLOAT
+        return [_counted("all-to-all", 2 * passes + counted, sent, narrowest)]
+    leaving = z.b * z.t * moe.router.top_k
+    return [
+        _counted("ragged-all-to-all", 2 * passes, passes * (leaving + bound) * row, narrowest),
+        _counted("all-gather", counted, counted * e * _FLOAT),
+    ]
+
+
+def _counted(op: str, count: int, most: int, narrowest: float = 1.0) -> Allowance:
+    """Exactly ``count`` over ``expert``, of ``most`` bytes, or as little as the part ``narrowest`` of them."""
+    return Allowance(op, ("expert",), count, most, least=count, least_bytes=int(most * narrowest))
+
+
+def _dispatcher(moe: MoE, z: _Sizes) -> Dispatcher:
+    if not isinstance(moe.dispatcher, Auto):
+        return moe.dispatcher
+    router = moe.router
+    return choose_dispatcher(
+        group=z.s,
+        hidden=moe.dispatcher.hidden,
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        dropless=z.c == z.s,
+        on=z.platform,
+    ).dispatcher
+
+
+def _gathers(plan: Blueprint, z: _Sizes, split: Params | None) -> list[Allowance]:
+    count = sent = 0
+    later = plan.params if split is None or not z.backward else split
+    names = jax.tree.leaves(plan.axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    for now, after, axes in zip(jax.tree.leaves(plan.params), jax.tree.leaves(later), names, strict=True):
+        times = (1 + z.backward) * ("fsdp" in _axes(now)) + ("fsdp" in _axes(after) and "fsdp" not in _axes(now))
+        count += times * (now.shape[0] if axes[0] == "layer" else 1)  # a stack is gathered layer by layer
+        sent += times * _bytes_here(after)
+    return [Allowance("all-gather", ("fsdp",), count, sent)]
+
+
+def _reductions(params: Params, wide: list[str], small: int) -> Iterator[Allowance]:
+    """Over every subset of the axes that split the batch; statistics and norms go with them."""
+    for size in range(1, len(wide) + 1):
+        for axes in itertools.combinations(wide, size):
+            reduced = [p for p in jax.tree.leaves(params) if not (_axes(p) - {"fsdp"}) & set(axes)]
+            most = sum(_bytes_here(p) * (p.sharding.mesh.shape["fsdp"] if "fsdp" in _axes(p) else 1) for p in reduced)
+            yield Allowance("all-reduce", axes, bytes_per_device=most + small)
+            yield Allowance("reduce-scatter", axes, bytes_per_device=most)
+
+
+def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) -> list[Allowance]:
+    """Partial sums over ``tensor``, in fp32 at most. With a = b t m, and x what an MoE layer's experts take in:
+
+    - forward: the embedding a, each attention a, each dense network a, each MoE layer x; the loss 3 b t.
+    - backward, the gradients of inputs, one for each product that they enter: the logits' a, each attention 3 a
+      (queries, keys, values), each dense network a or, gated, 2 a, each MoE layer x or 2 x (sorted rows one more).
+    - ``remat``: the forward sums of each block again.
+    """
+    config = plan.config
+    a = z.b * z.t * config.width * _FLOAT
+    inputs = 2 if config.activation.endswith("glu") else 1
+    rows = z.g * moe.router.num_experts * z.c
+    extra = 0
+    if isinstance(_dispatcher(moe, z), Ragged):
+        k, e = moe.router.top_k, moe.router.num_experts
+        rows, extra = z.b * z.t * (k if z.expert == 1 else z.expert * min(k, e // z.expert)), 1
+    x = rows * config.width * _FLOAT
+    beside = z.moe_layers if config.moe.shared_hidden else 0
+    forward = (config.layers + z.dense_layers + beside) * a + z.moe_layers * x
+    backward = (3 * config.layers + inputs * (z.dense_layers + beside)) * a + (inputs + extra) * z.moe_layers * x
+    if z.step in ("prefill", "decode"):
+        logits = z.b * plan.vocab // tensor * _FLOAT
+        return [
+            Allowance("all-reduce", ("tensor",), bytes_per_device=a + forward),
+            Allowance("all-gather", ("tensor",), 1, logits),
+        ]
+    total = a + forward + 3 * z.b * z.t * _FLOAT + small
+    if z.backward:
+        total += a + backward + (forward if config.remat != "none" else 0)
+    return [Allowance("all-reduce", ("tensor",), bytes_per_device=total)]
+
+
+def _small(plan: Blueprint, moe: MoE, z: _Sizes) -> int:
+    """Bytes of scalars and statistics: in a training step two vectors over experts for each auxiliary loss and two for
+    telemetry, its other sums (docs/routers), and for each parameter its part of the gradient's norm, twice. The
+    evaluation adds up its loss; inference adds up nothing."""
+    if z.step != "train":
+        return 2 * _FLOAT if z.step == "forward" else 0
+    vectors = moe.router.num_experts * (2 + 2 * len(plan.config.moe.losses)) + 3 * moe.router.top_k + 32
+    scalars = 2 * len(jax.tree.leaves(plan.params)) + 8
+    return _FLOAT * (z.moe_layers * vectors + scalars)
+
+
+def _axes(array: Any) -> set[str]:
+    """The mesh axes that split an abstract array."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in array.sharding.spec if entry is not None)
+    return {axis for entry in entries for axis in entry if array.sharding.mesh.shape[axis] > 1}
+
+
+def _bytes_here(array: Any) -> int:
+    """Of one device."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize

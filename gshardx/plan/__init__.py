@@ -1,0 +1,1 @@
+"""Compile for any mesh, without the hardware, and report."""

@@ -1,0 +1,175 @@
+"""The step that a plan compiles, for devices that need not exist, and what it is given."""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import jax
+from jax.sharding import Mesh
+
+from gshardx.config import Config, DataConfig
+from gshardx.data.tokenizer import build_tokenizer
+from gshardx.models import decode
+from gshardx.models.build import Blueprint, blueprint
+from gshardx.models.generator import compile_decode, compile_prefill
+from gshardx.sharding import CompiledStep
+from gshardx.train.job import Job
+
+Step = Literal["train", "forward", "prefill", "decode"]
+STEPS: tuple[Step, ...] = get_args(Step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """Of prefill and decode: rows in a batch, tokens that a row's cache holds, prompt tokens a call."""
+
+    rows: int
+    length: int
+    chunk: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Abstract arrays that a step reads, by kind, and the ``gradients`` that it makes inside."""
+
+    parameters: Any
+    optimizer: Any = ()
+    kv_cache: Any = ()
+    gradients: Any = ()
+
+    def bytes_per_device(self) -> dict[str, int]:
+        """Of what it reads."""
+        kinds = {"parameters": self.parameters, "optimizer": self.optimizer, "kv_cache": self.kv_cache}
+        return {kind: tree_bytes(tree) for kind, tree in kinds.items()}
+
+    def least(self) -> int:
+        """Bytes that a device needs whatever the compiler does: what it reads, and the gradients."""
+        return sum(self.bytes_per_device().values()) + tree_bytes(self.gradients)
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLarge:
+    """A step whose memory exceeds a device's.
+
+    Attributes:
+        needed: bytes of a device, as XLA said when it refused; or of inputs and gradients, if they alone are too much.
+        available: bytes of a device.
+    """
+
+    needed: int
+    available: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What compiling came to, and what the compiler wrote to its log meanwhile."""
+
+    step: CompiledStep[..., Any] | TooLarge
+    inputs: Inputs
+    log: str
+
+
+def vocabulary(config: Config) -> int:
+    """Tokens of the model's vocabulary, without reading the training text.
+
+    Raises:
+        BadInput: the tokenizer's file can't be read.
+    """
+    return _vocabulary(config.data)
+
+
+@functools.cache  # a search asks thousands of times
+def _vocabulary(data: DataConfig) -> int:
+    return data.vocab_size if data.tokenizer == "bpe" else build_tokenizer(data.tokenizer, 0, []).vocab_size
+
+
+def model_on(config: Config, mesh: Mesh) -> Blueprint:
+    """The model of ``config`` with its parameters placed on ``mesh``."""
+    return blueprint(config.model, vocabulary(config), mesh)
+
+
+def compile_program(config: Config, mesh: Mesh, step: Step, serving: Serving, available: int) -> Compiled:
+    """Compile one step of ``config`` for ``mesh``; no parameter gets a value.
+
+    Nothing is compiled where inputs and gradients alone exceed ``available`` bytes of a device.
+    """
+    plan = model_on(config, mesh)
+    inputs = _inputs(config, plan, mesh, step, serving)
+    if inputs.least() > available:
+        return Compiled(TooLarge(inputs.least(), available), inputs, log="")
+    program: CompiledStep[..., Any] | TooLarge
+    with _captured_log() as log:
+        try:
+            program = _compile(config, plan, mesh, step, serving)
+        except jax.errors.JaxRuntimeError as error:
+            refusal = too_large(str(error))
+            if refusal is None:
+                raise
+            program = refusal
+    return Compiled(program, inputs, log())
+
+
+def _compile(config: Config, plan: Blueprint, mesh: Mesh, step: Step, serving: Serving) -> CompiledStep[..., Any]:
+    if step == "train":
+        return Job.of(config, plan.vocab, mesh).train_step
+    if step == "forward":
+        return Job.of(config, plan.vocab, mesh).eval_step
+    if step == "prefill":
+        return compile_prefill(plan, mesh, length=serving.length, rows=serving.rows, chunk=serving.chunk)
+    return compile_decode(plan, mesh, length=serving.length, rows=serving.rows)
+
+
+def _inputs(config: Config, plan: Blueprint, mesh: Mesh, step: Step, serving: Serving) -> Inputs:
+    if step in ("train", "forward"):
+        job = Job.of(config, plan.vocab, mesh)
+        if step == "forward":
+            return Inputs(job.blueprint.params)
+        gradients = job.split if config.train.zero_stage == 2 else job.blueprint.params
+        return Inputs(job.blueprint.params, optimizer=job.state.opt_state, gradients=gradients)
+    state = decode.abstract_state(plan, serving.rows, serving.length, mesh)
+    return Inputs(plan.params, kv_cache=(state.k, state.v))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of one device's pieces of a pytree of arrays, abstract or real."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def too_large(message: str) -> TooLarge | None:
+    """Read XLA's complaint that a program needs more memory than a device has; None: it complains of something else.
+
+    As libtpu 0.0.42 and 0.0.50 say it, and as older ones do.
+    """
+    size = r"([\d.]+)([KMGT])"
+    patterns = rf"\({size}i?B?\) exceeds available HBM \({size}i?B?\)", rf"Used {size}i?B? of {size}i?B? hbm"
+    found = next((match for pattern in patterns if (match := re.search(pattern, message))), None)
+    if found is None:
+        return None
+    scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    needed, its_unit, available, unit = found.groups()
+    return TooLarge(int(float(needed) * scale[its_unit]), int(float(available) * scale[unit]))
+
+
+@contextmanager
+def _captured_log() -> Iterator[Any]:
+    """Keep what C++ writes to standard error; the value is a function that gives it afterwards."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        text: list[str] = []
+        try:
+            yield lambda: text[0]
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            text.append(file.read().decode(errors="replace"))

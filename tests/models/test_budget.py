@@ -1,0 +1,161 @@
+"""The decoder's budget by hand-computed figures, and the page that shows it."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from gshardx.models.budget import step_budget
+from gshardx.models.build import blueprint
+from gshardx.sharding import MeshConfig, build_mesh
+from gshardx.train.state import whole_over_fsdp
+from tests.models.test_decoder import LENGTH, ROWS, VOCAB, model
+
+ROOT = Path(__file__).parent.parent.parent
+DOC = (ROOT / "docs" / "collectives.md").read_text()
+WIDTH, EXPERTS, MOE_LAYERS = 16, 8, 2
+
+
+def budget(step, mesh_config, tokens=LENGTH, split=False, **options):
+    mesh = build_mesh(mesh_config)
+    plan = blueprint(model(**options), VOCAB, mesh)
+    moments = plan.params
+    if split:
+        plan = plan.__class__(**{**vars(plan), "params": whole_over_fsdp(plan.params)})
+    return step_budget(plan, mesh, step, rows=ROWS, tokens=tokens, split=moments if split else None)
+
+
+def allowance(found, op, *axes):
+    (one,) = [each for each in found.allowances if (each.op, each.axes) == (op, axes)]
+    return one
+
+
+@pytest.mark.parametrize(
+    ("step", "tokens", "count", "slots"),
+    [("train", 16, 4, 5), ("forward", 16, 2, 16), ("prefill", 8, 2, 8), ("decode", 1, 2, 1)],
+)
+def test_exchanges_are_exact(step, tokens, count, slots):
+    """ceil(1.25 * 2 * 16 / 8) = 5 slots in training; elsewhere as many as tokens. A device has 1 of 8 rows, or 2."""
+    for mesh, rows in ((MeshConfig(expert=8), 1), (MeshConfig(data=2, expert=2, tensor=2), 2)):
+        one = allowance(budget(step, mesh, tokens), "all-to-all", "expert")
+        assert one.count == one.least == MOE_LAYERS * count
+        assert one.bytes_per_device == one.least_bytes == MOE_LAYERS * count * rows * EXPERTS * slots * WIDTH * 4
+
+
+def test_the_wire_is_what_travels():
+    full, half = (
+        allowance(budget("train", MeshConfig(expert=8), wire=wire), "all-to-all", "expert").bytes_per_device
+        for wire in ("same", "bfloat16")
+    )
+    assert full == 2 * half
+
+
+def test_shorter_groups_have_slots_of_their_own():
+    """Two groups of 8 tokens a row, each with ceil(1.25 * 2 * 8 / 8) = 3 slots."""
+    one = allowance(budget("train", MeshConfig(expert=8), group_size=8), "all-to-all", "expert")
+    assert one.bytes_per_device == MOE_LAYERS * 4 * 2 * EXPERTS * 3 * WIDTH * 4
+
+
+def test_without_an_expert_axis_nothing_is_exchanged():
+    assert all("expert" not in one.axes for one in budget("train", MeshConfig(data=4, fsdp=2)).allowances)
+
+
+def test_one_device_sends_nothing():
+    assert budget("decode", MeshConfig()).allowances == ()
+    assert budget("prefill", MeshConfig()).small == 0
+
+
+def parameter_bytes(mesh_config, *, on_fsdp):
+    mesh = build_mesh(mesh_config)
+    params = jax.tree.leaves(blueprint(model(), VOCAB, mesh).params)
+    return sum(
+        math.prod(p.sharding.shard_shape(p.shape)) * 4
+        for p in params
+        if ("fsdp" in jax.tree.leaves(tuple(p.sharding.spec))) == on_fsdp
+    )
+
+
+def test_parameters_are_gathered_once_forward_and_twice_in_training():
+    mesh = MeshConfig(fsdp=2, expert=2, tensor=2)
+    once = parameter_bytes(mesh, on_fsdp=True)
+    assert allowance(budget("forward", mesh), "all-gather", "fsdp").bytes_per_device == once > 0
+    assert allowance(budget("train", mesh), "all-gather", "fsdp").bytes_per_device == 2 * once
+
+
+def test_zero_stages_1_and_2_gather_what_the_optimizer_updated():
+    mesh = MeshConfig(fsdp=4, expert=2)
+    once = parameter_bytes(mesh, on_fsdp=True)
+    assert allowance(budget("train", mesh, split=True), "all-gather", "fsdp").bytes_per_device == once
+    assert allowance(budget("forward", mesh, split=True), "all-gather", "fsdp").bytes_per_device == 0
+
+
+def test_gradients_of_experts_are_not_reduced_over_expert():
+    """Over data all parameters' are; over expert all but the experts' [2, 8, 16, 8] x 3, a half on each device."""
+    found = budget("train", MeshConfig(data=4, expert=2))
+    everything, dense = (allowance(found, "all-reduce", axis).bytes_per_device for axis in ("data", "expert"))
+    assert everything - dense == 3 * MOE_LAYERS * EXPERTS * WIDTH * 8 * 4 // 2
+
+
+def test_inference_gathers_its_logits_over_tensor_once():
+    one = allowance(budget("decode", MeshConfig(data=4, tensor=2), 1), "all-gather", "tensor")
+    assert (one.count, one.bytes_per_device) == (1, ROWS // 4 * VOCAB // 2 * 4)
+
+
+# docs/collectives.md.
+
+
+def without_devices():
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def rows_of(page):
+    """Mesh and the rest of each row, by step; an empty mesh is the one above it."""
+    found, step, mesh = {}, "", ""
+    for line in page.splitlines():
+        if line.startswith("### "):
+            step = line.removeprefix("### ")
+        elif line.startswith("| ") and not line.startswith("| mesh"):
+            first, *rest = [cell.strip() for cell in line.strip("|").split("|")]
+            mesh = first or mesh
+            found.setdefault((step, mesh), []).append(rest)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("steps", "meshes"),
+    [
+        (["forward", "decode"], ["data=2,expert=4"]),
+        pytest.param(
+            ["train", "forward", "prefill", "decode"], ["fsdp=2,expert=2,tensor=2", "data=8"], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_the_page_agrees_with_the_script(steps, meshes):
+    command = [sys.executable, ROOT / "benchmarks" / "collectives.py", "--step", *steps, "--mesh", *meshes]
+    done = subprocess.run(command, env=without_devices(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    printed, shown = rows_of(done.stdout), rows_of(DOC)
+    assert len(printed) == len(steps) * len(meshes)
+    assert printed == {key: shown[key] for key in printed}
+
+
+def test_the_page_shows_every_mesh():
+    shown = rows_of(DOC)
+    assert {step for step, _ in shown} == {"train", "forward", "prefill", "decode"}
+    assert len(shown) == 4 * 16
+
+
+def test_the_example_of_the_page_runs(tmp_path):
+    (program,) = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    for changed, broken in (("", False), ("least=2", True)):
+        text = program.replace("count=2", "count=1") if changed else program
+        done = subprocess.run(
+            [sys.executable, "-c", text], env=without_devices(), capture_output=True, text=True, timeout=120
+        )
+        assert (done.returncode != 0) == broken, done.stderr
