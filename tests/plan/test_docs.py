@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from gshardx.cli import parse_config
 from gshardx.plan.__main__ import _check_flags, _parser
 from gshardx.plan.limits import read_limits
-from gshardx.plan.topology import open_topology
+from gshardx.plan.topology import open_topology, prepare
 from tests.plan.test_main import run
 from tests.plan.tiny import planned
 
@@ -25,6 +26,15 @@ COMMANDS = [
     if "gshardx" in line
 ]
 (LIMITS,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """`prepare` sets variables for the whole process; give them back."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
@@ -46,6 +56,7 @@ def test_commands_are_understood(command):
     arguments, rest = parser.parse_known_args(flags)
     _check_flags(parser, rest)
     config, _ = parse_config("prog", "", [f"--config={ROOT / arguments.config}", *rest])
+    prepare(arguments.topology)
     assert config.mesh.size == len(open_topology(arguments.topology).devices)
 
 

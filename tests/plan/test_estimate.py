@@ -60,7 +60,7 @@ def test_formulas_against_a_compiled_step(name):
     chosen = CASES[name]
     plan, _ = make_plan(chosen, topology(), "train", SERVING)
     found = estimate(chosen, topology())
-    assert found.compute * CHIP.peak_flops == pytest.approx(plan.flops_per_device, rel=0.01)
+    assert found.compute * CHIP.peak_flops == pytest.approx(plan.flops_per_device, rel=0.02)
     assert found.parameters == plan.memory["parameters"]
     assert found.optimizer == plan.memory["optimizer"] - COUNTERS
     assert found.gradients == plan.memory["gradients"]

@@ -68,8 +68,9 @@ def test_lower_stages_are_compiled_as_such():
     assert planned(zero_stage=1)[0].memory["parameters"] > 1.9 * planned()[0].memory["parameters"]
 
 
-def test_every_step_is_that_of_its_name():
-    assert [planned(step)[1].step.name for step in ("forward", "decode")] == ["step", "decode"]
+@pytest.mark.parametrize("step", ["train", "forward", "prefill", "decode"])
+def test_every_step_is_that_of_its_name(step):
+    assert planned(step)[1].step.name == planned(step)[0].step == step
 
 
 def test_nothing_is_compiled_for_a_device_that_holds_not_even_the_inputs(monkeypatch):
