@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: install train test test-fast lint format bench
+.PHONY: install train test test-fast test-sweep lint format bench
 
 install: .venv/.installed
 
@@ -14,10 +14,13 @@ train: install
 	$(PY) -m gshardx.train --config configs/quickstart.yaml
 
 test: install
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not sweep"
 
 test-fast: install
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow and not sweep"
+
+test-sweep: install
+	$(PY) -m pytest -m sweep
 
 lint: install
 	$(PY) -m ruff check .

@@ -27,11 +27,11 @@ from report import Machine
 from timing import Table, cell, take_turns
 
 from gshardx.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
-from gshardx.plan.chips import CHIPS, FIGURES
 from gshardx.plan.estimate import estimate
 from gshardx.plan.roofline import roofline
 from gshardx.plan.topology import Topology, open_topology, prepare
 from gshardx.sharding import MeshConfig, build_mesh
+from gshardx.sharding.chips import CHIPS, FIGURES
 from gshardx.train.job import Job
 
 DEVICES = 8

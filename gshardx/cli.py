@@ -24,8 +24,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """Call ``main`` with the command line and exit: 0 done, 2 bad input (one line), 1 a bug (traceback)."""
-    # Libraries' own notices on stderr (XLA's CPU feature lists, Orbax's OCDBT merge) bury the one line that matters.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Libraries' own notices on stderr (Orbax's OCDBT merge) bury the one line that matters.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     without_an_absent_tpu()
     keep_compiled()

@@ -12,6 +12,7 @@ from gshardx.cli import parse_config, run_command
 from gshardx.config import Config
 from gshardx.errors import BadInput
 from gshardx.models.moe import check_router_options
+from gshardx.plan.estimate import advice
 from gshardx.plan.limits import read_limits
 from gshardx.plan.plots import check_plot, plot
 from gshardx.plan.program import STEPS, Serving
@@ -19,6 +20,7 @@ from gshardx.plan.report import make_plan
 from gshardx.plan.search import search
 from gshardx.plan.show import show
 from gshardx.plan.topology import open_topology, prepare
+from gshardx.sharding import describe
 
 PROG = "python -m gshardx.plan"
 DESCRIPTION = """Compile a config for a topology that need not be here, and say whether it fits, what it sends and how
@@ -53,10 +55,12 @@ def main(argv: list[str]) -> int:
         return 0 if found.winner else TOO_LARGE
     plan, compiled = make_plan(config, topology, arguments.step, serving)
     breaches = limits.breaches(plan) if limits else []
+    mends = advice(config, topology, plan, serving)
     if arguments.json:
-        print(json.dumps(plan.as_json() | {"breaches": breaches}, indent=1))
+        table = [row.as_json() for row in describe(compiled.inputs.parameters).rows]
+        print(json.dumps(plan.as_json() | {"breaches": breaches, "advice": mends, "parameter_table": table}, indent=1))
     else:
-        show(plan, config, topology, compiled, breaches)
+        show(plan, config, topology, compiled, mends + [f"over budget: {line}" for line in breaches])
     if arguments.plot:
         plot(plan, arguments.plot)
     if not plan.fits:

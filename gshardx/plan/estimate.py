@@ -12,7 +12,7 @@ from gshardx.config import Config, ModelConfig
 from gshardx.errors import BadInput
 from gshardx.layers import Capacity
 from gshardx.plan.network import seconds
-from gshardx.plan.program import vocabulary
+from gshardx.plan.program import Serving, vocabulary
 from gshardx.plan.report import Plan
 from gshardx.plan.topology import Topology
 from gshardx.sharding import MeshConfig
@@ -254,19 +254,42 @@ def _partial_sums(model: ModelConfig, sizes: _Sizes) -> tuple[int, float]:
     return total(1, 1), total(sizes.tokens, sizes.slots)
 
 
-def advice(config: Config, topology: Topology, plan: Plan) -> list[str]:
-    """What would make a training step fit, nearest change first; estimates, so compile again with the change."""
-    if plan.step != "train" or plan.memory["peak"] is None:
-        return ["to make it fit: use more devices on mesh.expert, mesh.fsdp or mesh.tensor, fewer --rows or --length"]
+def advice(config: Config, topology: Topology, plan: Plan, serving: Serving) -> list[str]:
+    """What would make a step fit that does not, nearest change first; estimates, so compile again with the change."""
+    if plan.fits or plan.memory["peak"] is None:
+        return []
+    return _training_advice(config, topology, plan) if plan.step == "train" else _other_advice(config, plan, serving)
+
+
+def _other_advice(config: Config, plan: Plan, serving: Serving) -> list[str]:
+    """Parameters take what they take; caches and everything else follow the rows, and a cache the length too."""
+    held, peak = plan.memory["parameters"] or 0, plan.memory["peak"] or 0
+    if held >= plan.hbm_bytes:
+        times = math.ceil(held / plan.hbm_bytes) * 2  # so that parameters take half of a device at most
+        return [f"to make it fit: use about {times} times as many devices on mesh.expert, mesh.fsdp or mesh.tensor"]
+    share = (plan.hbm_bytes - held) / (peak - held)
+    flag, rows = ("--train.batch_size", config.train.batch_size)
+    if plan.step != "forward":
+        flag, rows = "--rows", serving.rows
+    shards = config.mesh.batch_shards
+    fewer = int(rows * share) // shards * shards
+    lines = [f"to make it fit: {flag} {fewer}"] if fewer else []
+    if plan.step != "forward" and int(serving.length * share):
+        lines.append(f"to make it fit: --length {int(serving.length * share)}")
+    return lines or ["to make it fit: use twice as many devices on mesh.expert, mesh.fsdp or mesh.tensor"]
+
+
+def _training_advice(config: Config, topology: Topology, plan: Plan) -> list[str]:
     now = estimate(config, topology)
     # What the formulas miss of this model they miss of its neighbours too.
-    scale = plan.memory["peak"] / now.peak
+    scale = (plan.memory["peak"] or 0) / now.peak
     fitting = []
     for change, changed in neighbours(config, topology):
         peak = estimate(changed, topology).peak * scale
         if peak <= plan.hbm_bytes:
             fitting.append(f"to make it fit: {change} (about {peak / 2**30:,.1f} GiB)")
-    more = math.ceil((now.parameters + now.optimizer + now.gradients) * scale / plan.hbm_bytes) * 2
+    state = (now.parameters + now.optimizer + now.gradients) * scale
+    more = math.ceil(state / plan.hbm_bytes) * 2  # so that it takes half of a device at most
     return fitting or [f"to make it fit: use about {more} times as many devices; no single change here is enough"]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gshardx.plan.chips import Chip
+from gshardx.sharding.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,16 +10,8 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from gshardx.plan.chips import Chip
-
-OPERATIONS = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
+from gshardx.sharding.chips import Chip
+from gshardx.sharding.collectives import OPS
 
 # Two devices on one chip (TPU7x) exchange by a die-to-die interface, six times as fast as an ICI link; recalled from
 # docs.cloud.google.com/tpu/docs/tpu7x, not looked up.
@@ -39,6 +31,7 @@ def seconds(
 
     - all-gather of pieces of b bytes: each device receives (n-1) b over all the links by which it can receive.
     - reduce-scatter of b bytes: the same in reverse with pieces of b/n. all-reduce: one after the other.
+    - collective-broadcast: as an all-reduce, whose other operands are zero; a scatter and a gather.
     - all-to-all of b bytes: on a torus the fullest link bounds it (:func:`_exchange_load`); through a switch a device
       sends (n-1)/n b. ragged-all-to-all: the same, as if every device filled its operand evenly.
     - collective-permute of b bytes: b over one link.
@@ -47,7 +40,7 @@ def seconds(
     `dcn_bandwidth`, then the network inside a slice.
 
     Args:
-        op: one of OPERATIONS.
+        op: one of OPS.
         bytes_per_device: the size of the operand that one device puts in.
         axis_sizes: sizes of the mesh axes whose devices form the group; only their product matters.
         chip: rates of a device.
@@ -56,10 +49,10 @@ def seconds(
         slices: in how many, if so; each holds an equal share of the group.
 
     Raises:
-        ValueError: ``op`` is none of OPERATIONS.
+        ValueError: ``op`` is none of OPS.
     """
-    if op not in OPERATIONS:
-        raise ValueError(f"{op}: not a collective; choose one of {', '.join(OPERATIONS)}")
+    if op not in OPS:
+        raise ValueError(f"{op}: not a collective; choose one of {', '.join(OPS)}")
     group = math.prod(axis_sizes)
     if group == 1:
         return 0.0
@@ -70,7 +63,7 @@ def seconds(
         return gather(bytes_per_device)
     if op == "reduce-scatter":
         return gather(bytes_per_device / group)
-    if op == "all-reduce":
+    if op in ("all-reduce", "collective-broadcast"):
         return 2 * gather(bytes_per_device / group)
     if op == "collective-permute":
         return bytes_per_device / (chip.dcn_bandwidth if crosses_slices else chip.ici_bandwidth) + chip.hop_seconds

@@ -49,22 +49,12 @@ class Inputs:
         kinds = {"parameters": self.parameters, "optimizer": self.optimizer, "kv_cache": self.kv_cache}
         return {kind: tree_bytes(tree) for kind, tree in kinds.items()}
 
-    def least(self) -> int:
-        """Bytes that a device needs whatever the compiler does: what it reads, and the gradients."""
-        return sum(self.bytes_per_device().values()) + tree_bytes(self.gradients)
-
 
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
-    """A step whose memory exceeds a device's.
-
-    Attributes:
-        needed: bytes of a device, as XLA said when it refused; or of inputs and gradients, if they alone are too much.
-        available: bytes of a device.
-    """
+    """XLA refused a step for its memory; ``needed``: bytes of a device, as it said."""
 
     needed: int
-    available: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +85,10 @@ def model_on(config: Config, mesh: Mesh) -> Blueprint:
     return blueprint(config.model, vocabulary(config), mesh)
 
 
-def compile_program(config: Config, mesh: Mesh, step: Step, serving: Serving, available: int) -> Compiled:
-    """Compile one step of ``config`` for ``mesh``; no parameter gets a value.
-
-    Nothing is compiled where inputs and gradients alone exceed ``available`` bytes of a device.
-    """
+def compile_program(config: Config, mesh: Mesh, step: Step, serving: Serving) -> Compiled:
+    """Compile one step of ``config`` for ``mesh``; no parameter gets a value."""
     plan = model_on(config, mesh)
     inputs = _inputs(config, plan, mesh, step, serving)
-    if inputs.least() > available:
-        return Compiled(TooLarge(inputs.least(), available), inputs, log="")
     program: CompiledStep[..., Any] | TooLarge
     with _captured_log() as log:
         try:
@@ -143,33 +128,47 @@ def tree_bytes(tree: Any) -> int:
 
 
 def too_large(message: str) -> TooLarge | None:
-    """Read XLA's complaint that a program needs more memory than a device has; None: it complains of something else.
+    """Read XLA's complaint that a program, or one array of it, needs more memory than a device has.
 
-    As libtpu 0.0.42 and 0.0.50 say it, and as older ones do.
+    As libtpu 0.0.42 and 0.0.50 say it, and as older ones do. None: it complains of something else.
     """
-    size = r"([\d.]+)([KMGT])"
-    patterns = rf"\({size}i?B?\) exceeds available HBM \({size}i?B?\)", rf"Used {size}i?B? of {size}i?B? hbm"
+    size = r"([\d.]+)([KMGT]?)"
+    patterns = (
+        rf"\({size}i?B?\) exceeds available HBM",
+        rf"Used {size}i?B? of \S+ hbm",
+        rf"Allocation \(size={size}\) would exceed memory \(size=\d+\) :: .*hbm",
+    )
     found = next((match for pattern in patterns if (match := re.search(pattern, message))), None)
     if found is None:
         return None
-    scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    needed, its_unit, available, unit = found.groups()
-    return TooLarge(int(float(needed) * scale[its_unit]), int(float(available) * scale[unit]))
+    scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return TooLarge(int(float(found.group(1)) * scale[found.group(2)]))
 
 
 @contextmanager
 def _captured_log() -> Iterator[Any]:
-    """Keep what C++ writes to standard error; the value is a function that gives it afterwards."""
+    """Keep what C++ writes to standard error; the value is a function that gives it afterwards.
+
+    An exception that leaves the block takes it to the terminal.
+    """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         kept = os.dup(2)
         os.dup2(file.fileno(), 2)
         text: list[str] = []
-        try:
-            yield lambda: text[0]
-        finally:
+
+        def restore() -> None:
             sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
             file.seek(0)
             text.append(file.read().decode(errors="replace"))
+
+        try:
+            yield lambda: text[0]
+        except BaseException:
+            restore()
+            print(text[0], end="", file=sys.stderr, flush=True)
+            raise
+        else:
+            restore()

@@ -82,7 +82,7 @@ def make_plan(config: Config, topology: Topology, step: Step, serving: Serving) 
     """
     mesh = mesh_on(config, topology)
     blueprint = model_on(config, mesh)
-    compiled = compile_program(config, mesh, step, serving, int(topology.chip.hbm_bytes))
+    compiled = compile_program(config, mesh, step, serving)
     tokens = tokens_of(config, step, serving)
     plan = Plan(
         topology=topology.name,
@@ -101,8 +101,9 @@ def make_plan(config: Config, topology: Topology, step: Step, serving: Serving) 
         warnings=complaints(compiled.log),
     )
     if isinstance(compiled.step, TooLarge):
-        inputs: dict[str, int | None] = dict(compiled.inputs.bytes_per_device())
-        return dataclasses.replace(plan, memory=plan.memory | inputs | {"peak": compiled.step.needed}), compiled
+        inputs = compiled.inputs.bytes_per_device()
+        peak = max(compiled.step.needed, sum(inputs.values()))
+        return dataclasses.replace(plan, memory=plan.memory | inputs | {"peak": peak}), compiled
     return _with_facts(plan, compiled, compiled.step, config, topology, blueprint), compiled
 
 

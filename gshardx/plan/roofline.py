@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from jax.sharding import Mesh
 
-from gshardx.plan.chips import Chip
 from gshardx.plan.network import seconds
 from gshardx.sharding import Collective
+from gshardx.sharding.chips import Chip
 from gshardx.sharding.cost import costs
 from gshardx.sharding.hlo import Program
 from gshardx.sharding.mesh import islands_of

@@ -1,6 +1,7 @@
 """Looking for a better way to train a config on a topology: rank by formulas, compile the best, say why one won."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ _BATCHES = (0.5, 1, 2, 4)
 _COMPILED = 4
 """Plans to compile; more, up to _AT_MOST, while none of them fits."""
 _AT_MOST = 12
+_OTHERS = 2
+"""Plans to try for the best that learns something else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Search:
     considered: int
     candidates: list[Candidate]
     plans: list[tuple[Candidate, Plan]]
-    other: Candidate | None
-    """The fastest of those that learn something else (another batch or capacity)."""
+    other: tuple[Candidate, Plan] | None
+    """The fastest of those that learn something else (another batch or capacity), compiled."""
 
     @property
     def winner(self) -> tuple[Candidate, Plan] | None:
@@ -68,10 +71,8 @@ class Search:
         return {
             "considered": self.considered,
             "fitting": len(self.candidates),
-            "compiled": [
-                {"flags": candidate.flags, "estimated_step_seconds": candidate.estimate.step_seconds, **plan.as_json()}
-                for candidate, plan in self.plans
-            ],
+            "compiled": [_json(candidate, plan) for candidate, plan in self.plans],
+            "other": _json(*self.other) if self.other else None,
             "winner": winner[0].flags if winner else None,
             "because": self.reason(),
         }
@@ -79,19 +80,10 @@ class Search:
     def __str__(self) -> str:
         lines = [f"{self.considered} ways considered, {len(self.candidates)} should fit and learn the same; compiled:"]
         for candidate, plan in self.plans:
-            line = plan.roofline
-            if line is None or not plan.fits:
-                lines.append(f"  does not fit          {candidate.flags}")
-            else:
-                lines.append(
-                    f"  {plan.tokens_per_second:>12,.0f} tokens/s, {(plan.memory['peak'] or 0) / 2**30:7.2f} GiB  "
-                    f"{candidate.flags}"
-                )
+            lines.append(_line(candidate, plan))
         lines.append(self.reason())
-        if self.other is not None and self.winner:
-            gain = self.other.estimate.tokens_per_second / self.winner[0].estimate.tokens_per_second
-            if gain > 1:
-                lines.append(f"by the formulas {gain:.2f} times faster, but it learns otherwise: {self.other.flags}")
+        if self.other is not None:
+            lines.append(f"with another batch or capacity, so that it learns otherwise: {_line(*self.other).strip()}")
         return "\n".join(lines)
 
     def reason(self) -> str:
@@ -121,6 +113,17 @@ class Search:
         )
 
 
+def _json(candidate: Candidate, plan: Plan) -> dict[str, Any]:
+    return {"flags": candidate.flags, "estimated_step_seconds": candidate.estimate.step_seconds, **plan.as_json()}
+
+
+def _line(candidate: Candidate, plan: Plan) -> str:
+    if not plan.fits:
+        return f"  does not fit                       {candidate.flags}"
+    peak = (plan.memory["peak"] or 0) / 2**30
+    return f"  {plan.tokens_per_second:>12,.0f} tokens/s, {peak:7.2f} GiB  {candidate.flags}"
+
+
 def search(config: Config, topology: Topology, say: Callable[[str], None] | None = None) -> Search:
     """Rank every mesh, rematerialisation, batch and capacity for training ``config``; compile the best few.
 
@@ -135,16 +138,19 @@ def search(config: Config, topology: Topology, say: Callable[[str], None] | None
             fitting.append(candidate)
     fitting.sort(key=lambda candidate: -candidate.estimate.tokens_per_second)
     same = [candidate for candidate in fitting if candidate.learns_the_same]
-    other = next((candidate for candidate in fitting if not candidate.learns_the_same), None)
-    return Search(considered, same, list(_compiled(same, topology, say)), other)
+    others = [candidate for candidate in fitting if not candidate.learns_the_same]
+    plans = list(_compiled(same, topology, say, _COMPILED))
+    tried = itertools.islice(_compiled(others, topology, say, 1), _OTHERS)
+    return Search(considered, same, plans, next((pair for pair in tried if pair[1].fits), None))
 
 
 def _compiled(
-    ranked: Sequence[Candidate], topology: Topology, say: Callable[[str], None] | None
+    ranked: Sequence[Candidate], topology: Topology, say: Callable[[str], None] | None, best: int
 ) -> Iterator[tuple[Candidate, Plan]]:
+    """The ``best`` of ``ranked``, and more while none fits."""
     tried, fits, too_much = 0, False, math.inf
     for candidate in ranked:
-        if tried >= (_COMPILED if fits else _AT_MOST):
+        if tried >= (best if fits else max(best, _AT_MOST)):
             return
         if candidate.estimate.peak >= too_much:
             continue

@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 
 from gshardx.config import Config
-from gshardx.plan.estimate import advice
 from gshardx.plan.memory import KINDS
 from gshardx.plan.program import Compiled
 from gshardx.plan.report import Plan
@@ -19,8 +18,8 @@ _GIB = 2**30
 _FILE_WIDTH = 140  # columns where nobody's window says
 
 
-def show(plan: Plan, config: Config, topology: Topology, compiled: Compiled, breaches: Sequence[str]) -> None:
-    """Print everything; what does not fit comes with what would make it fit."""
+def show(plan: Plan, config: Config, topology: Topology, compiled: Compiled, remarks: Sequence[str]) -> None:
+    """Print everything, ``remarks`` last."""
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _FILE_WIDTH)
     console.print(
         f"{plan.step} step on {plan.topology}: {plan.chips} {plan.chip} chip(s), mesh {config.mesh}\n"
@@ -33,11 +32,8 @@ def show(plan: Plan, config: Config, topology: Topology, compiled: Compiled, bre
         _show_compiled(console, plan, topology, compiled.step)
     for warning in plan.warnings:
         console.print(f"warning: the compiler says: {warning}", markup=False)
-    if not plan.fits:
-        for line in advice(config, topology, plan):
-            console.print(line, markup=False)
-    for line in breaches:
-        console.print(f"over budget: {line}", markup=False)
+    for line in remarks:
+        console.print(line, markup=False)
 
 
 def _show_compiled(console: Console, plan: Plan, topology: Topology, step: CompiledStep[..., object]) -> None:

@@ -13,9 +13,9 @@ import jax
 from jax.experimental import topologies
 
 from gshardx.errors import BadInput
-from gshardx.plan.chips import CHIPS, Chip, chip_of, measure_cpu
 from gshardx.plan.gpu_target import target_config
 from gshardx.sharding import simulate_devices
+from gshardx.sharding.chips import CHIPS, Chip, chip_of, measure_cpu
 
 # Chips of one host, which the shape of a slice is made of: libtpu's default for all generations.
 _HOST = (2, 2, 1)

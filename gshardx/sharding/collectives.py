@@ -7,8 +7,8 @@ counted: operation, mesh axes, how often a step, bytes of each device.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -66,21 +66,70 @@ def collectives(compiled: jax.stages.Compiled | Program | str, mesh: Mesh) -> li
         compiled = compiled.as_text() or ""
     program = parse(compiled) if isinstance(compiled, str) else compiled
     found = []
-    for instruction, computation, times in program.executed():
-        op = instruction.op.removesuffix("-start")
-        axes = _axes(_groups(instruction, mesh.size), mesh) if op in OPS else ()
+    for sent in _sent(program):
+        axes = _axes(_groups(sent.instruction, mesh.size), mesh)
         if axes:
+            place = sent.instruction if sent.instruction.op_name else sent.told_by
             found.append(
                 Collective(
-                    op,
+                    sent.op,
                     axes,
-                    times,
-                    times * _operand_bytes(op, instruction, computation),
-                    program.source(instruction),
-                    instruction.op_name,
+                    sent.times,
+                    sent.times * _operand_bytes(sent.op, sent.instruction, sent.computation),
+                    program.source(place),
+                    place.op_name,
                 )
             )
     return found
+
+
+class _Sent(NamedTuple):
+    """A collective instruction, where its operands are, and the instruction of the program that executes it."""
+
+    op: str
+    instruction: Instruction
+    computation: Computation
+    times: int
+    told_by: Instruction
+
+
+def _sent(program: Program) -> Iterator[_Sent]:
+    """Collectives that a run executes, inside fusions too.
+
+    XLA fuses them for TPUs. An asynchronous one stands in the fusion that starts it, in the products that it goes on
+    beside, and in the fusion that ends it, all with one channel: the start counts. An all-reduce of which the fusion
+    keeps a slice is a reduce-scatter.
+    """
+    executed = list(program.executed())
+    started = {
+        inner.find(_CHANNEL)
+        for one in executed
+        if one.instruction.name.startswith(_START)
+        for inner, _ in _within(program, one.instruction)
+    }
+    for instruction, computation, times in executed:
+        if _op(instruction) in OPS:
+            yield _Sent(_op(instruction), instruction, computation, times, instruction)
+        for inner, fused in _within(program, instruction):
+            if instruction.name.startswith(_START) or inner.find(_CHANNEL) not in started:
+                kept = inner.op == "all-reduce" and instruction.bytes < inner.bytes
+                yield _Sent("reduce-scatter" if kept else _op(inner), inner, fused, times, instruction)
+
+
+_START, _CHANNEL = "async-collective-start", r"channel_id=(\d+)"
+
+
+def _within(program: Program, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
+    """Collectives of a fusion, and of fusions inside it."""
+    fused = program.fused(instruction)
+    for inner in (fused or {}).values():
+        if fused is not None and _op(inner) in OPS:
+            yield inner, fused
+        yield from _within(program, inner)
+
+
+def _op(instruction: Instruction) -> str:
+    return instruction.op.removesuffix("-start")
 
 
 def totals(found: Iterable[Collective]) -> list[Collective]:
@@ -133,6 +182,12 @@ class Budget:
 
     allowances: tuple[Allowance, ...] = ()
     small: int = 0
+
+    def __post_init__(self) -> None:
+        kinds = [(one.op, one.axes) for one in self.allowances]
+        for op, axes in kinds:
+            if kinds.count((op, axes)) > 1:
+                raise BadInput(f"budget: {op} over {'*'.join(axes)} is allowed twice; add the two up")
 
     def breaches(self, found: Iterable[Collective]) -> list[str]:
         """One line for each way in which ``found`` leaves the budget; none if it keeps to it."""
@@ -187,6 +242,9 @@ def _groups(instruction: Instruction, devices: int) -> np.ndarray:
     axes = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", text)
     if axes:
         return _along_axes(axes.group(1), axes.group(2), axes.group(3))
+    unknown = re.search(r"(?:replica_groups|source_target_pairs)=(?!\{\})\S*", text)
+    if unknown:
+        raise ValueError(f"{instruction.name}: a notation of device groups that is not known here: {unknown.group()}")
     return np.arange(devices).reshape(1, devices)
 
 

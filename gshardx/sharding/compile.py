@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, Sharding
@@ -119,9 +120,9 @@ class CompiledStep(Generic[P, R]):
             leaves = zip(jax.tree.leaves_with_path(abstract), jax.tree.leaves(given), shardings, strict=True)
             for (path, aval), leaf, sharding in leaves:
                 where = name + jax.tree_util.keystr(path)
-                if (leaf.shape, leaf.dtype) != (aval.shape, aval.dtype):
+                if (np.shape(leaf), np.result_type(leaf)) != (aval.shape, aval.dtype):
                     yield f"{where} is {_typed(leaf)}; it was {_typed(aval)}"
-                elif sharding is not None and not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+                elif sharding is not None and isinstance(leaf, jax.Array) and _elsewhere(leaf, sharding):
                     yield f"{where} {_typed(leaf)} lies at {_placed(leaf.sharding)}; it was {_placed(sharding)}"
 
     def _used_up(self, args: tuple[Any, ...]) -> str:
@@ -240,8 +241,12 @@ def _same_structure(a: Any, b: Any) -> bool:
     return bool(left == jax.tree.structure(b))
 
 
+def _elsewhere(array: jax.Array, sharding: Sharding) -> bool:
+    return not array.sharding.is_equivalent_to(sharding, array.ndim)
+
+
 def _typed(array: Any) -> str:
-    return f"{array.dtype}{list(array.shape)}"
+    return f"{np.result_type(array)}{list(np.shape(array))}"
 
 
 def _placed(sharding: Sharding) -> str:

@@ -66,6 +66,11 @@ class Row:
             return " x ".join(map(str, self.pieces)) + " pieces"
         return ", ".join("*".join(self.mesh_axes(dimension)) or "-" for dimension in range(len(self.shape)))
 
+    def as_json(self) -> dict[str, Any]:
+        """What the table shows."""
+        facts = ("name", "shape", "dtype", "layout", "bytes_per_device", "total_bytes")
+        return {fact: getattr(self, fact) for fact in facts}
+
     def mesh_axes(self, dimension: int) -> tuple[str, ...]:
         """Mesh axes of several devices that cut a dimension."""
         entry = self.spec[dimension] if self.spec is not None and dimension < len(self.spec) else None

@@ -42,8 +42,9 @@ def forbid_compile() -> Iterator[None]:
     """Inside the block every function must have been compiled before.
 
     Raises:
-        CompileForbidden: otherwise, before XLA starts; it names the function, and where JAX knows one, the argument
-            whose shape or type changed. A :class:`CompiledStep` never compiles and names the argument itself.
+        CompileForbidden: otherwise, before XLA starts; it names the function, and the argument whose shape or type
+            changed. Which argument of a plain ``jax.jit`` lies elsewhere JAX does not tell; a :class:`CompiledStep`
+            never compiles, and names the argument for either.
     """
     reasons = _Reasons()
 

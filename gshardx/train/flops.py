@@ -1,24 +1,9 @@
 """Useful FLOPs of a step, and the rate to hold them against."""
 
-import time
-
 import jax
-import jax.numpy as jnp
 
 from gshardx.config import ModelConfig
-
-PEAK_BF16 = {
-    # Dense bf16 FLOP/s of one device, from the vendors' data sheets.
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
+from gshardx.sharding.chips import chip_of, matmul_rate
 
 
 def forward_flops_per_token(config: ModelConfig, vocab: int, sequence_length: int) -> tuple[float, float]:
@@ -39,19 +24,8 @@ def forward_flops_per_token(config: ModelConfig, vocab: int, sequence_length: in
 
 def peak_flops(devices: int) -> tuple[float, str]:
     """FLOP/s of ``devices`` devices and where the figure is from: a data sheet, or a matrix product timed here."""
-    kind = jax.devices()[0].device_kind
-    if kind in PEAK_BF16:
-        return PEAK_BF16[kind] * devices, f"{devices} x {kind}, bf16 data sheet"
-    return _measured_matmul(), "fp32 matrix product measured at start"
-
-
-def _measured_matmul(size: int = 1024, repeats: int = 5) -> float:
-    """Best FLOP/s of a square fp32 product on one device; simulated devices share the machine that it measures."""
-    a = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(jnp.dot).lower(a, a).compile()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(product(a, a))
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    device = jax.devices()[0]
+    chip = chip_of(device)
+    if chip is not None:
+        return chip.peak_flops * devices, f"{devices} x {device.device_kind}, bf16 data sheet"
+    return matmul_rate(device), "fp32 matrix product measured at start"

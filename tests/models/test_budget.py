@@ -131,7 +131,7 @@ def rows_of(page):
     [
         (["forward", "decode"], ["data=2,expert=4"]),
         pytest.param(
-            ["train", "forward", "prefill", "decode"], ["fsdp=2,expert=2,tensor=2", "data=8"], marks=pytest.mark.slow
+            ["train", "forward", "prefill", "decode"], ["fsdp=2,expert=2,tensor=2", "data=8"], marks=pytest.mark.sweep
         ),
     ],
 )

@@ -91,7 +91,7 @@ def is_fast(mesh_config, step):
 @pytest.mark.parametrize(
     ("mesh_config", "step"),
     [
-        pytest.param(mesh, step, marks=[] if is_fast(mesh, step) else pytest.mark.slow)
+        pytest.param(mesh, step, marks=[] if is_fast(mesh, step) else pytest.mark.sweep)
         for mesh, step in itertools.product(MESHES, STEPS)
     ],
     ids=str,
@@ -112,7 +112,7 @@ def test_the_compilers_log_is_seen(compiling_anew, capfd):
     assert INVOLUNTARY in capfd.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("step", ["train", "forward"])
 @pytest.mark.parametrize(
     "options",
@@ -143,7 +143,7 @@ def test_so_does_every_zero_stage(zero_stage, mesh_config):
     assert breaches("train", model(), mesh_config, zero_stage=zero_stage) == []
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dispatcher", ["gather", "einsum", "ragged"])
 def test_bfloat16_on_the_wire_halves_the_bytes_both_ways(dispatcher):
     found = {}
@@ -175,7 +175,7 @@ def test_so_does_a_model_that_computes_in_bfloat16():
     assert breaches("train", config, MeshConfig(data=2, expert=4)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("remat", ["keep_all_to_all", "full"])
 def test_rematerialisation_gathers_no_parameter_a_third_time(remat):
     config = dataclasses.replace(model(), remat=remat)

@@ -93,7 +93,7 @@ def test_there_are_enough_meshes():
 
 
 @pytest.mark.parametrize(
-    "mesh_config", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in MESHES], ids=str
+    "mesh_config", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.sweep) for m in MESHES], ids=str
 )
 def test_every_mesh_gives_what_one_device_gives(mesh_config, one_device):
     assert_same(everything(mesh_config), one_device)
@@ -102,8 +102,11 @@ def test_every_mesh_gives_what_one_device_gives(mesh_config, one_device):
 TOGETHER = [MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(expert=8), MeshConfig(expert=4, tensor=2)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh_config", TOGETHER, ids=str)
+@pytest.mark.parametrize(
+    "mesh_config",
+    [pytest.param(m, marks=pytest.mark.slow if m == TOGETHER[0] else pytest.mark.sweep) for m in TOGETHER],
+    ids=str,
+)
 def test_two_processes_of_four_devices_give_what_one_device_gives(mesh_config, one_device, tmp_path):
     finish_both(start_both(tmp_path, str(Path(__file__)), json.dumps(mesh_config.shape)))
     with np.load(tmp_path / "found.npz") as found:

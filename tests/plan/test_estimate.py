@@ -6,12 +6,12 @@ import re
 import pytest
 
 from gshardx.cli import config_yaml, parse_config
-from gshardx.plan.chips import CHIPS
 from gshardx.plan.estimate import advice, can_lie_on, estimate, neighbours
-from gshardx.plan.program import _inputs, model_on
+from gshardx.plan.program import Serving, _inputs, model_on, tree_bytes
 from gshardx.plan.report import Plan, make_plan
 from gshardx.plan.topology import Topology
 from gshardx.sharding import MeshConfig, build_mesh
+from gshardx.sharding.chips import CHIPS
 from tests.plan.tiny import CHIP, MESH, SERVING, config, topology
 
 COUNTERS = 8
@@ -55,7 +55,7 @@ CASES = {
 QUICK = "mixed, full"
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == QUICK else pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == QUICK else pytest.mark.sweep) for n in CASES])
 def test_formulas_against_a_compiled_step(name):
     chosen = CASES[name]
     plan, _ = make_plan(chosen, topology(), "train", SERVING)
@@ -90,7 +90,7 @@ def test_state_is_exact_for_every_kind_of_model(mesh, stage, moe, activation):
     found = estimate(chosen, topology())
     assert found.parameters == inputs.bytes_per_device()["parameters"]
     assert found.optimizer == inputs.bytes_per_device()["optimizer"] - COUNTERS
-    assert found.parameters + found.optimizer + found.gradients == inputs.least() - COUNTERS
+    assert found.gradients == tree_bytes(inputs.gradients)
 
 
 def test_parts_of_an_estimate():
@@ -141,7 +141,7 @@ def applied(chosen, line, folder):
 def test_advice_would_help(name, share, tmp_path):
     chosen = CASES[name]
     plan, there = unfit(chosen, share)
-    lines = advice(chosen, there, plan)
+    lines = advice(chosen, there, plan, SERVING)
     assert lines
     if not lines[0].startswith("to make it fit: use about"):
         for line in lines:
@@ -153,9 +153,9 @@ def test_advice_would_help(name, share, tmp_path):
 
 def test_there_is_advice_of_every_kind():
     plan, there = unfit(CASES["ZeRO-1"], 0.9)
-    assert "--train.zero_stage 3" in " ".join(advice(CASES["ZeRO-1"], there, plan))
+    assert "--train.zero_stage 3" in " ".join(advice(CASES["ZeRO-1"], there, plan, SERVING))
     plan, there = unfit(CASES["data"], 0.9)
-    lines = " ".join(advice(CASES["data"], there, plan))
+    lines = " ".join(advice(CASES["data"], there, plan, SERVING))
     for flag in (
         "--train.batch_size 8",
         "--model.remat full",
@@ -169,14 +169,31 @@ def test_there_is_advice_of_every_kind():
 
 def test_where_no_single_change_is_enough():
     plan, there = unfit(CASES["expert"], 0.01)
-    (line,) = advice(CASES["expert"], there, plan)
+    (line,) = advice(CASES["expert"], there, plan, SERVING)
     assert re.fullmatch(r"to make it fit: use about \d+ times as many devices; no single change here is enough", line)
 
 
-def test_other_steps_get_advice_too():
+@pytest.mark.parametrize(
+    ("step", "flags"), [("forward", ["--train.batch_size 8"]), ("decode", ["--rows 8", "--length 16"])]
+)
+def test_other_steps_are_advised_what_halves_all_but_the_parameters(step, flags):
     plan, there = unfit(CASES["data"], 0.5)
-    (line,) = advice(CASES["data"], there, dataclasses.replace(plan, step="decode"))
-    assert "--rows" in line
+    held = plan.hbm_bytes // 2
+    needs = {**plan.memory, "parameters": held, "peak": held + 2 * (plan.hbm_bytes - held)}
+    lines = advice(CASES["data"], there, dataclasses.replace(plan, step=step, memory=needs), Serving(16, 32))
+    assert lines == [f"to make it fit: {flag}" for flag in flags]
+
+
+def test_parameters_that_are_too_much_alone_need_more_devices():
+    plan, there = unfit(CASES["data"], 0.5)
+    needs = {**plan.memory, "parameters": plan.hbm_bytes, "peak": 2 * plan.hbm_bytes}
+    (line,) = advice(CASES["data"], there, dataclasses.replace(plan, step="decode", memory=needs), SERVING)
+    assert line.startswith("to make it fit: use about 2 times as many devices")
+
+
+def test_what_fits_needs_no_advice():
+    plan, there = unfit(CASES["data"], 0.5)
+    assert advice(CASES["data"], there, dataclasses.replace(plan, fits=True), SERVING) == []
 
 
 def test_neighbours_are_valid_and_differ_in_what_they_say():

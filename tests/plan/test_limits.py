@@ -8,8 +8,7 @@ import yaml
 
 from gshardx.errors import BadInput
 from gshardx.plan.limits import read_limits
-from gshardx.plan.report import make_plan
-from tests.plan.tiny import SERVING, config, planned, topology
+from tests.plan.tiny import planned, refused
 
 CEILINGS = ("flops_per_device", "hlo_instructions", "predicted_step_seconds")
 
@@ -160,8 +159,8 @@ def test_exponents_without_a_point_are_numbers(limits):
     assert limits("memory: {peak: 9e10}").memory == {"peak": 9e10}
 
 
-def test_what_is_unknown_breaks_its_limit(limits):
-    plan, _ = make_plan(config(), topology(hbm_bytes=1000), "train", SERVING)
+def test_what_is_unknown_breaks_its_limit(limits, monkeypatch):
+    plan = refused(monkeypatch)
     tree = {"memory": {"temporaries": 1e18}, "hlo_instructions": 1e18, "collectives": []}
     lines = limits(tree).breaches(plan)
     assert len(lines) == 3

@@ -185,7 +185,7 @@ def test_real_codes_of_limits_and_of_what_does_not_fit(tiny, tmp_path):
     assert json.loads(out)["fits"] is False
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("step", ["train", "forward", "decode"])
 def test_no_memory_of_the_models_size(step):
     """12 layers of 128 experts: 13 billion parameters, 53 GB; the command's own memory is XLA's."""
@@ -215,7 +215,7 @@ def test_two_planners_at_once(tiny):
     assert first["memory"] == second["memory"]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_real_search_on_chips_that_are_not_here(tiny):
     code, out, err = run("--config", tiny, "--topology", "v5e:2x4", "--search", "--json")
     assert (code, err) == (0, "")

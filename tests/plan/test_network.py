@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gshardx.plan.chips import CHIPS
-from gshardx.plan.network import OPERATIONS, _exchange_load, seconds, wraps
+from gshardx.plan.network import _exchange_load, seconds, wraps
+from gshardx.sharding.chips import CHIPS
+from gshardx.sharding.collectives import OPS
 
 SLICES = [
     ("v5e", (4, 4)),
@@ -25,7 +26,7 @@ def instant(name):
     return dataclasses.replace(CHIPS[name], hop_seconds=0.0)
 
 
-operations = st.sampled_from(OPERATIONS)
+operations = st.sampled_from(OPS)
 networks = st.sampled_from(SLICES)
 groups = st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=3)
 sizes = st.floats(0, 1e12)

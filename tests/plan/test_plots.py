@@ -8,8 +8,7 @@ import pytest
 
 from gshardx.errors import BadInput
 from gshardx.plan.plots import check_plot, plot
-from gshardx.plan.report import make_plan
-from tests.plan.tiny import SERVING, config, planned, topology
+from tests.plan.tiny import planned, refused
 
 pytest.importorskip("matplotlib")
 
@@ -30,8 +29,8 @@ def test_both_bars_are_named(tmp_path):
         assert f"<!-- {word}" in text
 
 
-def test_what_does_not_fit_is_drawn_without_time(tmp_path):
-    plan, _ = make_plan(config(), topology(hbm_bytes=1000), "train", SERVING)
+def test_what_does_not_fit_is_drawn_without_time(tmp_path, monkeypatch):
+    plan = refused(monkeypatch)
     file = tmp_path / "plan.svg"
     plot(plan, file)
     assert "<!-- memory, GiB" in file.read_text()

@@ -36,7 +36,6 @@ def test_inputs_are_as_large_as_a_real_state(stage):
         "kv_cache": 0,
     }
     assert tree_bytes(state.params) == held(state.params)
-    assert inputs.least() == 2 * held(state.params) + held(state.opt_state)
 
 
 def test_the_cache_is_as_large_as_a_real_one():
@@ -73,20 +72,15 @@ def test_every_step_is_that_of_its_name(step):
     assert planned(step)[1].step.name == planned(step)[0].step == step
 
 
-def test_nothing_is_compiled_for_a_device_that_holds_not_even_the_inputs(monkeypatch):
-    monkeypatch.setattr(program, "_compile", lambda *_: pytest.fail("compiled"))
-    mesh, chosen = build_mesh(MESH), config()
-    compiled = compile_program(chosen, mesh, "train", SERVING, 1000)
-    assert compiled.step == TooLarge(compiled.inputs.least(), 1000)
-
-
-def test_a_refusal_for_another_reason_is_an_error(monkeypatch):
+def test_a_refusal_for_another_reason_is_an_error_and_the_compilers_log_is_not_lost(monkeypatch, capfd):
     def refuse(*_):
+        os.write(2, b"E0000 of the compiler\n")
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem (20M, of 16M).")
 
     monkeypatch.setattr(program, "_compile", refuse)
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
-        compile_program(config(), build_mesh(MESH), "train", SERVING, GIB)
+        compile_program(config(), build_mesh(MESH), "train", SERVING)
+    assert "E0000 of the compiler" in capfd.readouterr().err
 
 
 def test_a_refusal_for_memory_is_a_finding(monkeypatch):
@@ -95,8 +89,8 @@ def test_a_refusal_for_memory_is_a_finding(monkeypatch):
         raise jax.errors.JaxRuntimeError(REFUSALS[0])
 
     monkeypatch.setattr(program, "_compile", refuse)
-    compiled = compile_program(config(), build_mesh(MESH), "train", SERVING, GIB)
-    assert compiled.step == TooLarge(32 * GIB, int(15.75 * GIB))
+    compiled = compile_program(config(), build_mesh(MESH), "train", SERVING)
+    assert compiled.step == TooLarge(32 * GIB)
     assert compiled.log == "E0000 of the compiler\n"
 
 
@@ -115,17 +109,17 @@ REFUSALS = [
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_what_xla_says_when_memory_is_short(message):
-    assert too_large(message) == TooLarge(32 * GIB, int(15.75 * GIB))
+    assert too_large(message) == TooLarge(32 * GIB)
 
 
 def test_units_of_memory():
     said = "the total memory required for HLO temporaries (1.50T) exceeds available HBM (512.00M)"
-    assert too_large(said) == TooLarge(int(1.5 * 2**40), 512 * 2**20)
+    assert too_large(said) == TooLarge(int(1.5 * 2**40))
 
 
 @pytest.mark.slow
 def test_a_step_too_large_for_a_real_compiler():
-    """Logits of 64 sequences of 8,192 tokens are 62 GiB; parameters are next to nothing."""
+    """Logits of 64 sequences of 8,192 tokens are 62 GiB, half of that in bfloat16, more than a v5e has at once."""
     script = """
 from gshardx.config import *
 from gshardx.plan.program import Serving
@@ -145,7 +139,7 @@ print(plan.fits, plan.memory["peak"], plan.hbm_bytes, plan.predicted_step_second
     assert done.returncode == 0, done.stderr
     fits, peak, there, seconds = done.stdout.split()
     assert (fits, seconds) == ("False", "None")
-    assert int(peak) > 62 * GIB > int(there)
+    assert int(peak) > 31 * GIB > int(there)
 
 
 def test_vocabulary_without_reading_text():

@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gshardx.errors import BadInput
 from gshardx.plan import topology
-from gshardx.plan.chips import CHIPS
 from gshardx.plan.gpu_target import target_config
 from gshardx.plan.topology import Topology, open_topology, prepare
+from gshardx.sharding.chips import CHIPS
 
 HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
 

@@ -7,11 +7,11 @@ from types import MappingProxyType
 import jax
 
 from gshardx.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
-from gshardx.plan.chips import Chip
 from gshardx.plan.program import Serving
 from gshardx.plan.report import make_plan
 from gshardx.plan.topology import Topology
 from gshardx.sharding import MeshConfig
+from gshardx.sharding.chips import Chip
 
 CHIP = Chip(
     name="cpu",
@@ -53,3 +53,16 @@ def planned(step="train", mesh=MESH, remat="none", zero_stage=3, layers=2):
     """The plan and what was compiled; each is compiled once for all tests."""
     chosen = config(mesh, layers=layers, remat=remat, train={"zero_stage": zero_stage})
     return make_plan(chosen, topology(), step, SERVING)
+
+
+REFUSAL = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (32.00G) exceeds available HBM (15.75G)."
+
+
+def refused(monkeypatch):
+    """The plan of a step that XLA does not compile for its memory."""
+
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(REFUSAL)
+
+    monkeypatch.setattr("gshardx.plan.program._compile", refuse)
+    return make_plan(config(), topology(), "train", SERVING)[0]

@@ -263,3 +263,24 @@ def test_an_allowance_without_numbers_allows_any_amount():
 def test_an_unknown_operation_is_refused():
     with pytest.raises(BadInput, match=r"'all-too-all'.*all-to-all, "):
         Allowance("all-too-all", ("expert",))
+
+
+def test_what_tpus_fuse_is_counted_and_an_asynchronous_one_only_where_it_starts():
+    mesh = build_mesh(MeshConfig(fsdp=4, expert=2))
+    found = collectives((RECORDED / "tpu_v5e_fused.txt").read_text(), mesh)
+    assert [(one.op, one.axes, one.count, one.bytes_per_device) for one in found] == [
+        ("all-gather", ("fsdp",), 1, 2048 * 128 * 4),
+        ("reduce-scatter", ("fsdp",), 1, 512 * 2048 * 4),
+    ]
+    assert found[1].op_name == "jit(train)/transpose(jvp(btm,btv->mv))/dot_general", "the fusion's own name"
+
+
+def test_a_notation_of_groups_that_is_not_known_is_no_silent_guess():
+    with pytest.raises(ValueError, match="not known here: replica_groups=newstyle<4>"):
+        of("replica_groups=newstyle<4>")
+
+
+def test_a_kind_is_allowed_once():
+    twice = Allowance("all-gather", ("data",)), Allowance("all-gather", ("data",), count=3)
+    with pytest.raises(BadInput, match=r"all-gather over data is allowed twice"):
+        Budget(twice)

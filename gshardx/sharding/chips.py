@@ -8,6 +8,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -112,6 +113,10 @@ def _tpu(
     )
 
 
+# XLA_PYTHON_CLIENT_MEM_FRACTION, docs.jax.dev/en/latest/gpu_memory_allocation.html.
+_XLAS_SHARE = 0.75
+
+
 def _gpu(
     name: str,
     kinds: tuple[str, ...],
@@ -129,7 +134,7 @@ def _gpu(
     return Chip(
         name=name,
         peak_flops=tflops * 1e12,
-        hbm_bytes=memory,
+        hbm_bytes=_XLAS_SHARE * memory,
         hbm_bandwidth=hbm_gbps * 1e9,
         ici_bandwidth=nvlink_total_gbps * 1e9 / 2,
         dcn_bandwidth=nic_gbits * 1e9 / 8,
@@ -138,8 +143,8 @@ def _gpu(
         sources=MappingProxyType(
             {
                 "peak_flops": f"{tflops:g} TFLOP/s bf16 without sparsity, {page}{unverified}",
-                "hbm_bytes": "what the driver reports, openxla/xla xla/backends/gpu/target_config/specs; "
-                "XLA claims 75 % of it by default",
+                "hbm_bytes": f"{_XLAS_SHARE:.0%} of {memory / _GIB:.2f} GiB that the driver reports (openxla/xla "
+                "xla/backends/gpu/target_config/specs), which is what XLA claims by default",
                 "hbm_bandwidth": f"{hbm_gbps:g} GB/s, {page}{unverified}",
                 "ici_bandwidth": f"NVLink {nvlink_total_gbps:g} GB/s in both directions together, {page}{unverified}; "
                 "halves agree with https://jax-ml.github.io/scaling-book/gpus",
@@ -303,7 +308,7 @@ def measure_cpu(devices: Sequence[Any]) -> Chip:
     shared = f"shared by {count} device(s)" if count > 1 else "one device"
     return Chip(
         name="cpu",
-        peak_flops=_matmul_rate(devices[0]) / count,
+        peak_flops=matmul_rate(devices[0]) / count,
         hbm_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count,
         hbm_bandwidth=copy,
         ici_bandwidth=exchange,
@@ -332,7 +337,7 @@ def _best_seconds(run: Any, repeats: int = 3) -> float:
     return best
 
 
-def _matmul_rate(device: Any, size: int = 1024) -> float:
+def matmul_rate(device: Any, size: int = 1024) -> float:
     """FLOP/s of a square fp32 product; XLA's CPU compiler spreads one over all cores."""
     a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
     product = jax.jit(jnp.dot).lower(a, a).compile()
@@ -340,10 +345,12 @@ def _matmul_rate(device: Any, size: int = 1024) -> float:
 
 
 def _copy_rate(size: int = 2**27) -> float:
-    """Bytes/s read plus written by one core's copy of ``size`` bytes, more than a cache holds."""
-    source = np.ones(size, np.uint8)
+    """Bytes/s read plus written by all cores' copy of ``size`` bytes, more than a cache holds."""
+    cores = os.cpu_count() or 1
+    source = np.ones((cores, size // cores), np.uint8)
     target = np.empty_like(source)
-    return 2 * size / _best_seconds(lambda: np.copyto(target, source))
+    with ThreadPoolExecutor(cores) as threads:
+        return 2 * source.size / _best_seconds(lambda: list(threads.map(np.copyto, target, source)))
 
 
 def _exchange(devices: Sequence[Any], piece: int = 2**16) -> tuple[float, float]:
