@@ -32,7 +32,7 @@ from gshardx.layers import Auto, MoE, Ragged
 from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.routing import LinearRouter
 from gshardx.models.build import Blueprint, Params
-from gshardx.sharding import Allowance, Budget
+from gshardx.sharding import Allowance, Budget, bytes_per_device
 
 Step = Literal["train", "forward", "prefill", "decode"]
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -163,7 +163,7 @@ def _gathers(plan: Blueprint, z: _Sizes, split: Params | None) -> list[Allowance
     for now, after, axes in zip(jax.tree.leaves(plan.params), jax.tree.leaves(later), names, strict=True):
         times = (1 + z.backward) * ("fsdp" in _axes(now)) + ("fsdp" in _axes(after) and "fsdp" not in _axes(now))
         count += times * (now.shape[0] if axes[0] == "layer" else 1)  # a stack is gathered layer by layer
-        sent += times * _bytes_here(after)
+        sent += times * bytes_per_device(after)
     return [Allowance("all-gather", ("fsdp",), count, sent)]
 
 
@@ -172,7 +172,9 @@ def _reductions(params: Params, wide: list[str], small: int) -> Iterator[Allowan
     for size in range(1, len(wide) + 1):
         for axes in itertools.combinations(wide, size):
             reduced = [p for p in jax.tree.leaves(params) if not (_axes(p) - {"fsdp"}) & set(axes)]
-            most = sum(_bytes_here(p) * (p.sharding.mesh.shape["fsdp"] if "fsdp" in _axes(p) else 1) for p in reduced)
+            most = sum(
+                bytes_per_device(p) * (p.sharding.mesh.shape["fsdp"] if "fsdp" in _axes(p) else 1) for p in reduced
+            )
             yield Allowance("all-reduce", axes, bytes_per_device=most + small)
             yield Allowance("reduce-scatter", axes, bytes_per_device=most)
 
@@ -224,8 +226,3 @@ def _axes(array: Any) -> set[str]:
     """The mesh axes that split an abstract array."""
     entries = (entry if isinstance(entry, tuple) else (entry,) for entry in array.sharding.spec if entry is not None)
     return {axis for entry in entries for axis in entry if array.sharding.mesh.shape[axis] > 1}
-
-
-def _bytes_here(array: Any) -> int:
-    """Of one device."""
-    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize

@@ -1,7 +1,8 @@
 """Where a step's memory goes, by kind, from what XLA allocated."""
 
-from gshardx.plan.program import Inputs, Step, tree_bytes
-from gshardx.sharding import Memory
+from gshardx.models.budget import Step
+from gshardx.plan.program import Inputs
+from gshardx.sharding import Memory, bytes_per_device
 from gshardx.sharding.hlo import Computation, Instruction, Program
 
 KINDS = ("parameters", "optimizer", "gradients", "activations", "temporaries", "kv_cache", "inputs", "program")
@@ -17,7 +18,7 @@ def by_kind(memory: Memory, program: Program, inputs: Inputs, step: Step) -> dic
     """
     kinds = inputs.bytes_per_device()
     heap = memory.temporaries
-    gradients = min(tree_bytes(inputs.gradients), heap)
+    gradients = min(bytes_per_device(inputs.gradients), heap)
     activations = min(saved_activations(program), heap - gradients) if step == "train" else 0
     kinds |= {"gradients": gradients, "activations": activations, "temporaries": heap - gradients - activations}
     kinds["program"] = memory.program

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 from jax.sharding import Mesh
@@ -17,12 +16,12 @@ from jax.sharding import Mesh
 from gshardx.config import Config, DataConfig
 from gshardx.data.tokenizer import build_tokenizer
 from gshardx.models import decode
+from gshardx.models.budget import Step
 from gshardx.models.build import Blueprint, blueprint
 from gshardx.models.generator import compile_decode, compile_prefill
-from gshardx.sharding import CompiledStep
+from gshardx.sharding import CompiledStep, bytes_per_device
 from gshardx.train.job import Job
 
-Step = Literal["train", "forward", "prefill", "decode"]
 STEPS: tuple[Step, ...] = get_args(Step)
 
 
@@ -47,7 +46,7 @@ class Inputs:
     def bytes_per_device(self) -> dict[str, int]:
         """Of what it reads."""
         kinds = {"parameters": self.parameters, "optimizer": self.optimizer, "kv_cache": self.kv_cache}
-        return {kind: tree_bytes(tree) for kind, tree in kinds.items()}
+        return {kind: bytes_per_device(tree) for kind, tree in kinds.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +119,6 @@ def _inputs(config: Config, plan: Blueprint, mesh: Mesh, step: Step, serving: Se
         return Inputs(job.blueprint.params, optimizer=job.state.opt_state, gradients=gradients)
     state = decode.abstract_state(plan, serving.rows, serving.length, mesh)
     return Inputs(plan.params, kv_cache=(state.k, state.v))
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of one device's pieces of a pytree of arrays, abstract or real."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def too_large(message: str) -> TooLarge | None:

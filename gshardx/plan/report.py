@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from gshardx.config import Config
 from gshardx.errors import BadInput
+from gshardx.models.budget import Step
 from gshardx.models.build import Blueprint
 from gshardx.plan.memory import KINDS, by_kind
-from gshardx.plan.program import Compiled, Serving, Step, TooLarge, compile_program, model_on
+from gshardx.plan.program import Compiled, Serving, TooLarge, compile_program, model_on
 from gshardx.plan.roofline import Roofline, roofline
 from gshardx.plan.topology import Topology
 from gshardx.sharding import Collective, CompiledStep, build_mesh, totals

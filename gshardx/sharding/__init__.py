@@ -1,7 +1,15 @@
 """Where tensors live. Knows nothing of models."""
 
 from gshardx.sharding.annotate import axis_size, manual, replicate, reshard, shard, split
-from gshardx.sharding.axes import RULES, Rules, abstract_array, partition_spec, variable_axes, variable_spec
+from gshardx.sharding.axes import (
+    RULES,
+    Rules,
+    abstract_array,
+    bytes_per_device,
+    partition_spec,
+    variable_axes,
+    variable_spec,
+)
 from gshardx.sharding.collectives import Allowance, Budget, Collective, collectives, totals
 from gshardx.sharding.compile import ArgumentChanged, ArgumentUsedUp, CompiledStep, Memory
 from gshardx.sharding.describe import Description, Row, describe
@@ -26,6 +34,7 @@ __all__ = [
     "axis_size",
     "backend",
     "build_mesh",
+    "bytes_per_device",
     "collectives",
     "count_compiles",
     "describe",

@@ -227,3 +227,8 @@ def abstract_array(
     """
     sharding = NamedSharding(mesh, partition_spec(names, shape, mesh, rules, tensor))
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of one device's pieces of a pytree of arrays, abstract or real."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))

@@ -7,10 +7,10 @@ import pytest
 
 from gshardx.cli import config_yaml, parse_config
 from gshardx.plan.estimate import advice, can_lie_on, estimate, neighbours
-from gshardx.plan.program import Serving, _inputs, model_on, tree_bytes
+from gshardx.plan.program import Serving, _inputs, model_on
 from gshardx.plan.report import Plan, make_plan
 from gshardx.plan.topology import Topology
-from gshardx.sharding import MeshConfig, build_mesh
+from gshardx.sharding import MeshConfig, build_mesh, bytes_per_device
 from gshardx.sharding.chips import CHIPS
 from tests.plan.tiny import CHIP, MESH, SERVING, config, topology
 
@@ -90,7 +90,7 @@ def test_state_is_exact_for_every_kind_of_model(mesh, stage, moe, activation):
     found = estimate(chosen, topology())
     assert found.parameters == inputs.bytes_per_device()["parameters"]
     assert found.optimizer == inputs.bytes_per_device()["optimizer"] - COUNTERS
-    assert found.gradients == tree_bytes(inputs.gradients)
+    assert found.gradients == bytes_per_device(inputs.gradients)
 
 
 def test_parts_of_an_estimate():

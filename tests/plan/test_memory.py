@@ -3,8 +3,8 @@
 import pytest
 
 from gshardx.plan.memory import KINDS, by_kind, saved_activations
-from gshardx.plan.program import Inputs, tree_bytes
-from gshardx.sharding import Memory
+from gshardx.plan.program import Inputs
+from gshardx.sharding import Memory, bytes_per_device
 from gshardx.sharding.hlo import parse
 from tests.plan.tiny import planned
 
@@ -82,6 +82,6 @@ def test_a_small_heap_is_never_shared_out_twice():
     inputs = Inputs(parameters=(), gradients=gradients)
     memory = Memory(arguments=10, outputs=4, aliased=4, temporaries=100, program=7)
     kinds = by_kind(memory, parse(LOOP.replace("NAME", "jit(step)/jvp()/while")), inputs, "train")
-    assert tree_bytes(gradients) > 100
+    assert bytes_per_device(gradients) > 100
     assert (kinds["gradients"], kinds["activations"], kinds["temporaries"]) == (100, 0, 0)
     assert (kinds["inputs"], kinds["program"], kinds["peak"]) == (10, 7, 117)

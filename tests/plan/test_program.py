@@ -11,8 +11,8 @@ import pytest
 from gshardx.errors import BadInput
 from gshardx.models import decode
 from gshardx.plan import program
-from gshardx.plan.program import TooLarge, compile_program, model_on, too_large, tree_bytes, vocabulary
-from gshardx.sharding import CompiledStep, MeshConfig, build_mesh
+from gshardx.plan.program import TooLarge, compile_program, model_on, too_large, vocabulary
+from gshardx.sharding import CompiledStep, MeshConfig, build_mesh, bytes_per_device
 from gshardx.train.job import Job
 from tests.plan.tiny import MESH, SERVING, config, planned
 
@@ -35,7 +35,7 @@ def test_inputs_are_as_large_as_a_real_state(stage):
         "optimizer": held(state.opt_state),
         "kv_cache": 0,
     }
-    assert tree_bytes(state.params) == held(state.params)
+    assert bytes_per_device(state.params) == held(state.params)
 
 
 def test_the_cache_is_as_large_as_a_real_one():
@@ -54,7 +54,8 @@ def test_zero_stages_share_out_the_gradients():
     for stage in (1, 2, 3):
         chosen = config(MeshConfig(fsdp=8), train={"zero_stage": stage})
         inputs = program._inputs(chosen, model_on(chosen, mesh), mesh, "train", SERVING)
-        found[stage] = (tree_bytes(inputs.parameters), tree_bytes(inputs.gradients), tree_bytes(inputs.optimizer))
+        held = (inputs.parameters, inputs.gradients, inputs.optimizer)
+        found[stage] = tuple(map(bytes_per_device, held))
     assert found[1][:2] == (found[1][0], found[1][0])
     assert found[2][:2] == (found[1][0], found[3][0])
     assert found[3][:2] == (found[3][0], found[3][0])
