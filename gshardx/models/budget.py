@@ -112,7 +112,7 @@ def _sizes(plan: Blueprint, mesh: Mesh, moe: MoE, step: Step, rows: int, tokens:
 def _exchanges(plan: Blueprint, moe: MoE, z: _Sizes) -> list[Allowance]:
     """Slots: ``g e c m``. Sorted rows, padded: ``expert`` x bound rows each way, bound = b t min(k, e / expert), and
     the counts, e int32, once. Compact (not on CPUs): b t k rows leave and ``expert`` x bound come back, since the
-    whole buffer counts; the counts are gathered, e int32.
+    whole buffer counts; the counts, e int32, are gathered, or summed like statistics.
 
     XLA's CPU compiler widens bfloat16 to float32 unless it travels as bits (``moe.wire``); TPU's may narrow floats that
     are multiplied in bfloat16 anyway, so there half the bytes are enough.
@@ -131,9 +131,11 @@ def _exchanges(plan: Blueprint, moe: MoE, z: _Sizes) -> list[Allowance]:
         sent = 2 * passes * bound * row + counted * e * _FLOAT
         return [_counted("all-to-all", 2 * passes + counted, sent, narrowest)]
     leaving = z.b * z.t * moe.router.top_k
+    if z.platform == "tpu":  # pads rows to its 128 lanes
+        row = math.ceil(plan.config.width / 128) * 128 * wire
     return [
         _counted("ragged-all-to-all", 2 * passes, passes * (leaving + bound) * row, narrowest),
-        _counted("all-gather", counted, counted * e * _FLOAT),
+        Allowance("all-gather", ("expert",), counted, counted * e * _FLOAT),
     ]
 
 

@@ -3,8 +3,11 @@
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import jax
 
 from gshardx.config import Config
 from gshardx.errors import BadInput
@@ -156,7 +159,11 @@ def _compiled(
             continue
         if say:
             say(f"compiling {candidate.flags}")
-        plan, _ = make_plan(candidate.config, topology, "train", Serving(1, 1))
+        try:
+            plan, _ = make_plan(candidate.config, topology, "train", Serving(1, 1))
+        except jax.errors.JaxRuntimeError as error:  # a compiler's own failure; the others may be well
+            print(f"passed over, the compiler failed: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
         tried, fits = tried + 1, fits or plan.fits
         if not plan.fits:
             too_much = candidate.estimate.peak

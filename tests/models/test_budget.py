@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -12,9 +13,12 @@ import pytest
 
 from gshardx.models.budget import step_budget
 from gshardx.models.build import blueprint
+from gshardx.plan.topology import open_topology, prepare
 from gshardx.sharding import MeshConfig, build_mesh
+from gshardx.train.job import Job
 from gshardx.train.state import whole_over_fsdp
 from tests.models.test_decoder import LENGTH, ROWS, VOCAB, model
+from tests.plan.tiny import config
 
 ROOT = Path(__file__).parent.parent.parent
 DOC = (ROOT / "docs" / "collectives.md").read_text()
@@ -159,3 +163,27 @@ def test_the_example_of_the_page_runs(tmp_path):
             [sys.executable, "-c", text], env=without_devices(), capture_output=True, text=True, timeout=120
         )
         assert (done.returncode != 0) == broken, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh_config", "moe"),
+    [
+        (MeshConfig(fsdp=2, expert=4), {}),
+        pytest.param(MeshConfig(data=2, expert=2, tensor=2), {}, marks=pytest.mark.sweep),
+        (MeshConfig(expert=8), {"dispatcher": "ragged", "capacity_factor": None}),
+    ],
+    ids=str,
+)
+def test_a_train_step_on_tpus_keeps_to_it(mesh_config, moe):
+    """Compiled for chips that are not here: reductions come as reduce-scatters, rows travel ragged."""
+    pytest.importorskip("libtpu")
+    if moe and version("libtpu").split(".") < ["0", "0", "50"]:
+        pytest.skip("libtpu 0.0.42 fails inside on ragged_all_to_all (RET_CHECK in mask_aggregator.cc)")
+    prepare("v5e:2x4")
+    chosen = config(mesh_config, width=32, moe=moe, data={"tokenizer": "bpe", "vocab_size": 512})
+    job = Job.of(chosen, 512, build_mesh(mesh_config, open_topology("v5e:2x4").devices))
+    found = job.train_step.collectives
+    sizes = {"rows": chosen.train.batch_size, "tokens": chosen.data.sequence_length}
+    assert step_budget(job.blueprint, job.mesh, "train", **sizes).breaches(found) == []
+    assert bool([one for one in found if one.op == "reduce-scatter"]) == (mesh_config.fsdp > 1)

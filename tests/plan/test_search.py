@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 
+import jax
 import pytest
 
 from gshardx.plan import search as module
@@ -100,6 +101,18 @@ def test_what_needs_more_than_one_that_did_not_fit_is_passed_over(compiler):
     assert all(later < earlier for earlier, later in itertools.pairwise(peaks))
     assert found.winner[0].flags == calls[6].flags
     assert len(found.plans) == 7  # more than four, because none of those fitted
+
+
+def test_a_candidate_that_breaks_the_compiler_is_passed_over(compiler, capsys):
+    def answer(number, _):
+        if number == 0:
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nin a file")
+        return 1.0, 1
+
+    calls = compiler(answer)
+    found = search(CONFIG, topology())
+    assert [candidate.flags for candidate, _ in found.plans] == [call.flags for call in calls[1:5]]
+    assert capsys.readouterr().err == "passed over, the compiler failed: INTERNAL: RET_CHECK failure\n"
 
 
 def test_nothing_fits(compiler):
