@@ -50,12 +50,6 @@ FSDP_AT_MOST = 64
 """Chips that share one matrix; more of them would each hold a few rows."""
 NO_FIT = 4
 """The planner's exit code for a plan that does not fit."""
-ENVIRONMENT = {
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
-    # Else the compiler stops at once where memory does not fit, and there are no figures to compare (libtpu 0.0.42).
-    "LIBTPU_INIT_ARGS": "--xla_tpu_no_crash_on_oom=true",
-}
-"""Of the planner."""
 FACTS = (
     "fits", "parameters", "active_parameters", "memory", "flops_per_device", "moe_layers", "lower_seconds",
     "compile_seconds", "hlo_instructions", "program_bytes", "predicted_step_seconds", "tokens_per_second", "mfu_bound",
@@ -153,7 +147,7 @@ def run(case: Case, limit: float) -> Record:
 def measured(arguments: list[str], limit: float) -> tuple[int, str, str, resource.struct_rusage]:
     """Exit code, both outputs and what it used of the machine, of a process that ``limit`` seconds stop."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=err)
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=out, stderr=err)
         timer = threading.Timer(limit, process.kill)
         timer.start()
         try:
@@ -260,11 +254,16 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON lines, one a case; those in it are not run again"
     )
+    parser.add_argument("--recorded", action="store_true", help="tell what --out FILE holds; run nothing")
     parser.add_argument("--write", type=Path, metavar="PAGE", help=f"also between {BEGIN} and {END} in PAGE")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a case is stopped")
     args = parser.parse_args()
     page = args.write.read_text() if args.write else None
-    records = study(chosen(args), args.out, args.limit)
+    cases = chosen(args)
+    if args.recorded:
+        recorded = {Case(record["config"], record["chips"]) for record in load(args.out) if record["plan"]}
+        cases = [case for case in cases if case in recorded]
+    records = study(cases, args.out, args.limit)
     text = "\n".join(lines(records))
     print(text, flush=True)
     if page is not None:

@@ -78,18 +78,19 @@ def goals(records: list[Record]) -> Iterator[str]:
 
 
 def flat_instructions(family: str, records: list[Record]) -> str:
-    """HLO instructions over the numbers of chips: the config where they differ most."""
+    """HLO instructions over the numbers of chips that a config fits on: the config where they differ most."""
     spreads = {}
-    for config, by_chips in figures(records, "hlo_instructions").items():
+    found = figures([record for record in records if (record["plan"] or {}).get("fits")], "hlo_instructions")
+    for config, by_chips in found.items():
         if len(by_chips) > 1:
             fewest = min(by_chips.values())
             spreads[config] = 100 * (max(by_chips.values()) - fewest) / fewest
     what = f"HLO instructions of {family}, most over fewest among numbers of chips, differ by"
     if not spreads:
-        return f"goal: {what} at most 1 %; not measured: no config was compiled for two numbers of chips"
+        return f"goal: {what} at most 1 %; not measured: no config fits on two numbers of chips"
     worst = max(spreads, key=lambda config: spreads[config])
     within = sum(spread <= 1 for spread in spreads.values())
-    counts = ", ".join(f"{n:,} on {c:,}" for c, n in figures(records, "hlo_instructions")[worst].items())
+    counts = ", ".join(f"{n:,} on {c:,}" for c, n in found[worst].items())
     line = goal(what, spreads[worst], 1, unit=" %")
     return f"{line} (worst: {worst}: {counts} chips; {within} of {len(spreads)} configs within)"
 
@@ -103,7 +104,10 @@ def flat_compile_time(family: str, records: list[Record]) -> str:
         return f"goal: {what} at most 1.5 x; not measured: no config was compiled for both"
     worst = max(ratios, key=lambda config: ratios[config])
     within = sum(ratio <= 1.5 for ratio in ratios.values())
-    seconds = f"{found[worst][8]:.0f} s and {found[worst][2048]:.0f} s"
+    on_cpu = {r["chips"]: r["planner_cpu_seconds"] for r in records if r["config"].endswith(f"/{worst}")}
+    seconds = (
+        f"{found[worst][8]:.0f} s and {found[worst][2048]:.0f} s; of CPU {on_cpu[8]:.0f} s and {on_cpu[2048]:.0f} s"
+    )
     return f"{goal(what, ratios[worst], 1.5)} (worst: {worst}: {seconds}; {within} of {len(ratios)} configs within)"
 
 

@@ -136,18 +136,20 @@ def test_dispatchers_agree_to_the_bit_where_a_token_is_one_row_and_no_sum():
     np.testing.assert_array_equal(gather, einsum)
 
 
-@pytest.mark.slow
+FIRST, *OTHERS = (
+    MeshConfig(data=2, expert=2, tensor=2),
+    MeshConfig(expert=2),
+    MeshConfig(data=2, tensor=2),
+    MeshConfig(expert=8),
+    MeshConfig(fsdp=4, expert=2),
+    MeshConfig(tensor=4, fsdp=2),
+    MeshConfig(data=2, fsdp=2, expert=2),
+)
+
+
 @pytest.mark.parametrize(
     "mesh_config",
-    [
-        MeshConfig(expert=2),
-        MeshConfig(data=2, tensor=2),
-        MeshConfig(expert=8),
-        MeshConfig(fsdp=4, expert=2),
-        MeshConfig(data=2, expert=2, tensor=2),
-        MeshConfig(tensor=4, fsdp=2),
-        MeshConfig(data=2, fsdp=2, expert=2),
-    ],
+    [pytest.param(FIRST, marks=pytest.mark.slow), *(pytest.param(mesh, marks=pytest.mark.sweep) for mesh in OTHERS)],
     ids=str,
 )
 def test_every_router_and_dispatcher_gives_on_every_mesh_what_one_device_gives(mesh_config):

@@ -130,13 +130,13 @@ def test_every_router_and_dispatcher_keeps_to_it(options, step):
     assert breaches(step, model(**options), MeshConfig(data=2, expert=4)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("options", [{"dispatcher": "ragged"}, {"shared_hidden": 8}, {"group_size": 8}], ids=str)
 def test_so_does_a_mesh_with_tensor_and_fsdp(options):
     assert breaches("train", model(**options), MeshConfig(fsdp=2, expert=2, tensor=2)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("mesh_config", [MeshConfig(fsdp=2, expert=4), MeshConfig(fsdp=4, tensor=2)], ids=str)
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_so_does_every_zero_stage(zero_stage, mesh_config):
@@ -157,7 +157,10 @@ def test_bfloat16_on_the_wire_halves_the_bytes_both_ways(dispatcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dispatcher", "without", "repeated"), [("gather", 4, 6), ("ragged", 5, 8)])
+@pytest.mark.parametrize(
+    ("dispatcher", "without", "repeated"),
+    [("gather", 4, 6), pytest.param("ragged", 5, 8, marks=pytest.mark.sweep)],
+)
 def test_rematerialisation_repeats_no_all_to_all_if_it_keeps_what_arrived(dispatcher, without, repeated):
     found = {}
     for remat in ("keep_all_to_all", "full"):
@@ -169,7 +172,7 @@ def test_rematerialisation_repeats_no_all_to_all_if_it_keeps_what_arrived(dispat
     assert found == {"keep_all_to_all": without, "full": repeated}, "the names must be what makes the difference"
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_so_does_a_model_that_computes_in_bfloat16():
     config = dataclasses.replace(model(), dtype="bfloat16")
     assert breaches("train", config, MeshConfig(data=2, expert=4)) == []

@@ -74,7 +74,7 @@ def test_the_example_of_limits_is_read(tmp_path):
     assert yaml.safe_load(LIMITS)["small"] == limits.collectives.small == 4096
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_example_in_ci_passes(tmp_path):
     (command,) = [command for command in COMMANDS if "--budget" in command]
     file = tmp_path / "limits.yaml"

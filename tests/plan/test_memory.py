@@ -30,7 +30,7 @@ def test_what_each_step_holds():
     assert decode["kv_cache"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_rematerialisation_saves_activations():
     kept = {
         remat: planned(remat=remat, layers=DEEP)[0].memory["activations"]

@@ -118,7 +118,7 @@ def test_units_of_memory():
     assert too_large(said) == TooLarge(int(1.5 * 2**40))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_step_too_large_for_a_real_compiler():
     """Logits of 64 sequences of 8,192 tokens are 62 GiB, half of that in bfloat16, more than a v5e has at once."""
     script = """

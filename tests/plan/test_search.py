@@ -172,7 +172,7 @@ def test_the_text_and_the_json_say_the_same(compiler):
     assert "it learns otherwise" in str(found)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_real_search():
     found = search(config(MeshConfig(expert=8), train={"batch_size": 64}), topology())
     assert found.winner is not None

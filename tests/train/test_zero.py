@@ -19,9 +19,9 @@ from tests.models.test_decoder import LENGTH, ROWS, VOCAB, model, packed_batch
 FSDP = MeshConfig(fsdp=8)
 MIXED = MeshConfig(data=2, fsdp=2, expert=2)
 CASES = [
-    pytest.param(stage, mesh, marks=[] if (stage, mesh) == (2, FSDP) else pytest.mark.slow)
-    for mesh in (FSDP, MIXED)
-    for stage in (1, 2, 3)
+    pytest.param(2, FSDP),
+    *(pytest.param(stage, FSDP, marks=pytest.mark.slow) for stage in (1, 3)),
+    *(pytest.param(stage, MIXED, marks=pytest.mark.sweep) for stage in (1, 2, 3)),
 ]
 
 
