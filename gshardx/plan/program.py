@@ -84,8 +84,8 @@ def model_on(config: Config, mesh: Mesh) -> Blueprint:
     return blueprint(config.model, vocabulary(config), mesh)
 
 
-def compile_program(config: Config, mesh: Mesh, step: Step, serving: Serving) -> Compiled:
-    """Compile one step of ``config`` for ``mesh``; no parameter gets a value."""
+def compile_program(config: Config, mesh: Mesh, step: Step, serving: Serving, available: float) -> Compiled:
+    """Compile one step of ``config`` for devices of ``available`` bytes each; no parameter gets a value."""
     plan = model_on(config, mesh)
     inputs = _inputs(config, plan, mesh, step, serving)
     program: CompiledStep[..., Any] | TooLarge
@@ -94,6 +94,9 @@ def compile_program(config: Config, mesh: Mesh, step: Step, serving: Serving) ->
             program = _compile(config, plan, mesh, step, serving)
         except jax.errors.JaxRuntimeError as error:
             refusal = too_large(str(error))
+            needed = sum(inputs.bytes_per_device().values())
+            if refusal is None and needed > available:  # libtpu then fails anyhow: "Invalid TPU program"
+                refusal = TooLarge(needed)
             if refusal is None:
                 raise
             program = refusal

@@ -83,7 +83,7 @@ def make_plan(config: Config, topology: Topology, step: Step, serving: Serving) 
     """
     mesh = mesh_on(config, topology)
     blueprint = model_on(config, mesh)
-    compiled = compile_program(config, mesh, step, serving)
+    compiled = compile_program(config, mesh, step, serving, topology.chip.hbm_bytes)
     tokens = tokens_of(config, step, serving)
     plan = Plan(
         topology=topology.name,

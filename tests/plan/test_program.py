@@ -80,7 +80,7 @@ def test_a_refusal_for_another_reason_is_an_error_and_the_compilers_log_is_not_l
 
     monkeypatch.setattr(program, "_compile", refuse)
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
-        compile_program(config(), build_mesh(MESH), "train", SERVING)
+        compile_program(config(), build_mesh(MESH), "train", SERVING, GIB)
     assert "E0000 of the compiler" in capfd.readouterr().err
 
 
@@ -90,7 +90,7 @@ def test_a_refusal_for_memory_is_a_finding(monkeypatch):
         raise jax.errors.JaxRuntimeError(REFUSALS[0])
 
     monkeypatch.setattr(program, "_compile", refuse)
-    compiled = compile_program(config(), build_mesh(MESH), "train", SERVING)
+    compiled = compile_program(config(), build_mesh(MESH), "train", SERVING, GIB)
     assert compiled.step == TooLarge(32 * GIB)
     assert compiled.log == "E0000 of the compiler\n"
 
