@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -26,15 +25,6 @@ COMMANDS = [
     if "gshardx" in line
 ]
 (LIMITS,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
-
-
-@pytest.fixture(autouse=True)
-def _environment():
-    """`prepare` sets variables for the whole process; give them back."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

@@ -22,15 +22,6 @@ from gshardx.sharding.chips import CHIPS
 HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
 
 
-@pytest.fixture(autouse=True)
-def _environment():
-    """`prepare` sets variables for the whole process; give them back."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def opened(name: str, slices: int = 1) -> Topology:
     prepare(name)
     return open_topology(name, slices)
