@@ -27,6 +27,13 @@ def _at_least_zero(section: str, config: object, *names: str) -> None:
             raise BadInput(f"{section}.{name} = {value}: must be 0 or more, and finite")
 
 
+def _share(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise BadInput(f"{section}.{name} = {value}: must be 0 or more and below 1")
+
+
 def _divisor(of: int, at_most: int) -> int:
     """The largest divisor of ``of`` that is ``at_most`` or less."""
     return next(n for n in range(min(of, max(at_most, 1)), 0, -1) if of % n == 0)
@@ -114,13 +121,25 @@ class ModelConfig:
     rope_base: float = 10_000.0
     """Base of the rotary positions."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type to compute in; parameters, routers and losses are float32."""
-    remat: Literal["none", "full", "keep_all_to_all"] = "none"
-    """What the backward pass makes again to save memory; keep_all_to_all: all but what came by all-to-all."""
+    """Type to compute in; parameters, norms, softmaxes, routers and losses are float32."""
+    float32: list[Literal["residual", "attention", "feed_forward", "experts", "logits"]] = dataclasses.field(
+        default_factory=list
+    )
+    """Parts that compute in float32 whatever dtype is; residual: the stream that blocks add to."""
+    remat: Literal["none", "dots", "keep_all_to_all", "offload", "full"] = "none"
+    """What the backward pass makes again, from most memory to least: nothing; all but the results of matrix products;
+    all but what came by all-to-all; the same, kept in the host's memory; everything."""
+    dropout: float = 0.0
+    """Share of the embedding and of each branch's output that training sets to 0."""
+    tie_embeddings: bool = False
+    """Use the embedding's table, transposed, for the logits."""
+    logit_cap: float | None = None
+    """Bound of the logits, as cap * tanh(logits / cap) (Gemma 2 has 30); null: none."""
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
-        _positive("model", self, "layers", "width", "heads", "kv_heads", "head_dim", "hidden", "rope_base")
+        _positive("model", self, "layers", "width", "heads", "kv_heads", "head_dim", "hidden", "rope_base", "logit_cap")
+        _share("model", self, "dropout")
         if self.layers % self.moe.every:
             up = math.ceil(self.layers / self.moe.every) * self.moe.every
             raise BadInput(
@@ -184,9 +203,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _positive("optimizer", self, "learning_rate", "epsilon", "clip_norm")
         _at_least_zero("optimizer", self, "warmup_steps", "final_fraction", "weight_decay")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise BadInput(f"optimizer.{name} = {getattr(self, name)}: must be 0 or more and below 1")
+        _share("optimizer", self, "beta1", "beta2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +213,13 @@ class TrainConfig:
     steps: int = 400
     """Steps of the whole run."""
     batch_size: int = 16
-    """Sequences in a step, over all devices."""
+    """Sequences in a step, over all devices and micro-batches."""
+    accumulation_steps: int = 1
+    """Micro-batches that a step adds up the gradients of, one after the other."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over the vocabulary (arXiv 1512.00567)."""
+    z_loss: float = 0.0
+    """Weight of the squared logsumexp of the logits (PaLM, arXiv 2204.02311, has 1e-4)."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     zero_stage: Literal[1, 2, 3] = 3
@@ -209,10 +232,11 @@ class TrainConfig:
     """Length of the text generated at the end; 0: none."""
 
     def __post_init__(self) -> None:
-        _positive("train", self, "steps", "batch_size", "log_every")
+        _positive("train", self, "steps", "batch_size", "log_every", "accumulation_steps")
+        _share("train", self, "label_smoothing")
         if self.zero_stage not in (1, 2, 3):
             raise BadInput(f"train.zero_stage = {self.zero_stage}: must be 1, 2 or 3; use 3")
-        _at_least_zero("train", self, "eval_every", "trace_every", "sample_tokens")
+        _at_least_zero("train", self, "eval_every", "trace_every", "sample_tokens", "z_loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,19 +273,26 @@ class Config:
         if not 0 <= self.seed < 2**32:
             raise BadInput(f"seed = {self.seed}: must be 0 or more and below 2**32")
         check_model_on_mesh(self.model, self.mesh, self.train.batch_size)
-        shards, batch = self.mesh.batch_shards, self.train.batch_size
-        if batch % shards:
-            raise BadInput(
-                f"train.batch_size = {batch} does not divide over mesh data * fsdp * expert = {shards}; "
-                f"use a batch_size of {math.ceil(batch / shards) * shards}"
-            )
-        group = self.model.moe.group_size
-        if group is not None and (batch // shards * self.data.sequence_length) % group:
-            tokens = batch // shards * self.data.sequence_length
-            raise BadInput(
-                f"model.moe.group_size = {group} does not divide the {tokens} tokens that a device holds; "
-                f"use {_divisor(tokens, group)}"
-            )
+        check_batch(self)
+
+
+def check_batch(config: Config) -> None:
+    """Raise BadInput unless every device gets as many rows of each micro-batch, and whole groups of tokens."""
+    shards, steps, batch = config.mesh.batch_shards, config.train.accumulation_steps, config.train.batch_size
+    if batch % (shards * steps):
+        parts = f"mesh data * fsdp * expert = {shards}"
+        if steps > 1:
+            parts += f" times train.accumulation_steps = {steps}"
+        raise BadInput(
+            f"train.batch_size = {batch} does not divide over {parts}; "
+            f"use a batch_size of {math.ceil(batch / (shards * steps)) * shards * steps}"
+        )
+    group, tokens = config.model.moe.group_size, batch // (shards * steps) * config.data.sequence_length
+    if group is not None and tokens % group:
+        raise BadInput(
+            f"model.moe.group_size = {group} does not divide the {tokens} tokens that a device holds"
+            f"{' of a micro-batch' if steps > 1 else ''}; use {_divisor(tokens, group)}"
+        )
 
 
 def check_model_on_mesh(model: ModelConfig, mesh: MeshConfig, batch_size: int = 0) -> None:

@@ -1,8 +1,7 @@
 """Pre-norm transformer blocks, and a stack of repeating units that compiles once whatever its depth."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -10,39 +9,62 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.layers.attention import Attention
-from gshardx.layers.dispatch import ALL_TO_ALL_RESULTS
+from gshardx.layers.balance import LossSums
+from gshardx.layers.draws import dropout, folded
 from gshardx.layers.experts import FeedForward
 from gshardx.layers.memory import Memory
 from gshardx.layers.moe import MoE, MoEMetrics
 from gshardx.layers.norm import RMSNorm
-from gshardx.layers.routing import Router, RouterState
-
-REMAT: dict[str, Callable[..., Any]] = {
-    "none": lambda step: step,
-    "full": partial(jax.checkpoint, prevent_cse=False),  # a scan's body is not merged with its own repetition
-    "keep_all_to_all": partial(
-        jax.checkpoint,
-        prevent_cse=False,
-        policy=jax.checkpoint_policies.save_only_these_names(*ALL_TO_ALL_RESULTS),
-    ),
-}
-"""What the backward pass makes again: nothing, all of a unit, or all but what arrived by all-to-all."""
+from gshardx.layers.remat import REMAT
+from gshardx.layers.routing import Losses, Router, RouterState
 
 
 class Block(nnx.Module):
-    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``, the latter dense or MoE."""
+    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``, the latter dense or MoE.
 
-    def __init__(self, width: int, attention: Attention, feed_forward: FeedForward | MoE, *, rngs: nnx.Rngs) -> None:
+    Args:
+        width: m.
+        attention, feed_forward: the two branches.
+        dtypes: that each computes in; x keeps its own.
+        dropout: share of each branch's output that training drops.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        attention: Attention,
+        feed_forward: FeedForward | MoE,
+        *,
+        dtypes: tuple[str, str],
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.attention_norm = RMSNorm(width, rngs=rngs)
         self.attention = attention
         self.feed_forward_norm = RMSNorm(width, rngs=rngs)
         self.feed_forward = feed_forward
+        self.dtypes, self.dropout = dtypes, dropout
 
-    def attend(
-        self, x: Float[Array, "b t m"], positions: Int[Array, "b t"], memory: Memory, layer: int | Int[Array, ""]
-    ) -> tuple[Float[Array, "b t m"], Memory]:
-        out, memory = self.attention(self.attention_norm(x), positions, memory, layer)
-        return x + out, memory
+    def __call__(
+        self,
+        x: Float[Array, "b t m"],
+        positions: Int[Array, "b t"],
+        valid: Bool[Array, "b t"],
+        memory: Memory,
+        layer: int | Int[Array, ""],
+        keys: Array | None,
+        state: RouterState,
+    ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics | None]:
+        """The output, the extended memory, and an MoE block's metrics."""
+        at_attention, at_output, at_router = (None if keys is None else folded(keys, site) for site in range(3))
+        out, memory = self.attention(self.attention_norm(x, self.dtypes[0]), positions, memory, layer)
+        x = x + dropout(out, at_attention, self.dropout).astype(x.dtype)
+        normed, metrics = self.feed_forward_norm(x, self.dtypes[1]), None
+        if isinstance(self.feed_forward, MoE):
+            out, metrics = self.feed_forward(normed, valid, at_router, state)
+        else:
+            out = self.feed_forward(normed)
+        return x + dropout(out, at_output, self.dropout).astype(x.dtype), memory, metrics
 
 
 class Unit(nnx.Module):
@@ -59,15 +81,15 @@ class Unit(nnx.Module):
         valid: Bool[Array, "b t"],
         memory: Memory,
         first_layer: Int[Array, ""],
-        rng: Array | None,
+        keys: Array | None,
         state: RouterState,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics]:
-        for offset, block in enumerate(self.dense):
-            x, memory = block.attend(x, positions, memory, first_layer + offset)
-            x = x + cast(FeedForward, block.feed_forward)(block.feed_forward_norm(x))
-        x, memory = self.sparse.attend(x, positions, memory, first_layer + len(self.dense))
-        out, metrics = cast(MoE, self.sparse.feed_forward)(self.sparse.feed_forward_norm(x), valid, rng, state)
-        return x + out, memory, metrics
+        metrics = None
+        for offset, block in enumerate([*self.dense, self.sparse]):
+            layer = first_layer + offset
+            own = None if keys is None else folded(keys, layer)
+            x, memory, metrics = block(x, positions, valid, memory, layer, own, state)
+        return x, memory, cast(MoEMetrics, metrics)
 
 
 class Stack(nnx.Module):
@@ -76,7 +98,7 @@ class Stack(nnx.Module):
     Args:
         make: draws one unit.
         count: how many.
-        remat: what the backward pass makes again; a name of :data:`REMAT`.
+        remat: what the backward pass makes again; a name of :data:`gshardx.layers.remat.REMAT`.
     """
 
     def __init__(self, make: Callable[[nnx.Rngs], Unit], count: int, remat: str = "none", *, rngs: nnx.Rngs) -> None:
@@ -91,18 +113,23 @@ class Stack(nnx.Module):
                 parameter.set_metadata(axes=("layer", *parameter.get_metadata()["axes"]))
         self.count, self.remat = count, remat
 
+    @property
+    def router(self) -> Router:
+        """Of every layer: its values are stacked, what it is they share."""
+        return cast(MoE, self.units.sparse.feed_forward).router
+
     def initial_state(self) -> RouterState:
         """Of all layers' routers, stacked."""
-        one = self._router.initial_state()
+        one = self.router.initial_state()
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.count, *leaf.shape)), one)
 
     def after_step(self, state: RouterState) -> RouterState:
         """:meth:`Router.after_step` of every layer."""
-        return jax.vmap(self._router.after_step, axis_size=self.count)(state)
+        return jax.vmap(self.router.after_step, axis_size=self.count)(state)
 
-    @property
-    def _router(self) -> Router:
-        return cast(MoE, self.units.sparse.feed_forward).router
+    def loss_values(self, sums: LossSums) -> Losses:
+        """Each layer's losses, from the sums of one or more batches."""
+        return {name: jax.vmap(loss.value)(sums[name]) for name, loss in self.router.losses if name in sums}
 
     def __call__(
         self,
@@ -110,19 +137,18 @@ class Stack(nnx.Module):
         positions: Int[Array, "b t"],
         valid: Bool[Array, "b t"],
         memory: Memory,
-        rng: Array | None,
+        keys: Array | None,
         state: RouterState,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics]:
         graph, params = nnx.split(self.units)
         blocks = len(self.units.dense) + 1
-        rngs = None if rng is None else jax.random.split(rng, self.count)
 
         def step(carry, layer):  # type: ignore[no-untyped-def]
             x, memory = carry
-            index, unit, rng, state = layer
-            x, memory, metrics = nnx.merge(graph, unit)(x, positions, valid, memory, index * blocks, rng, state)
+            index, unit, state = layer
+            x, memory, metrics = nnx.merge(graph, unit)(x, positions, valid, memory, index * blocks, keys, state)
             return (x, memory), metrics
 
-        layers = (jnp.arange(self.count), params, rngs, state)
+        layers = (jnp.arange(self.count), params, state)
         (x, memory), metrics = jax.lax.scan(REMAT[self.remat](step), (x, memory), layers)
         return x, memory, metrics

@@ -22,6 +22,11 @@ class Embedding(nnx.Module):
         table = shard(self.table[...].astype(dtype), "vocab model")
         return shard(table[tokens], "batch time model")
 
+    def scores(self, x: Float[Array, "b t m"]) -> Float[Array, "b t v"]:
+        """Tied logits, fp32: ``x table^T / sqrt(m)``, of unit scale as the table's entries are (T5 scales alike)."""
+        table = shard(self.table[...].astype(x.dtype), "vocab model")
+        return shard(project(x * x.shape[-1] ** -0.5, table.T), "batch time vocab")
+
 
 class Unembedding(nnx.Module):
     """Logits ``[b, t, v]`` in fp32 from ``[b, t, m]``."""

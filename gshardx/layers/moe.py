@@ -7,7 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.errors import BadInput
+from gshardx.layers.balance import LossSums
 from gshardx.layers.dispatch import Dispatcher
+from gshardx.layers.draws import group_keys, row_keys
 from gshardx.layers.experts import Experts
 from gshardx.layers.routing import Losses, Router, RouterState, RouterStats
 from gshardx.layers.shared import Beside, nothing
@@ -19,6 +21,7 @@ class MoEMetrics(NamedTuple):
 
     losses: Losses
     """Unweighted; "balance" is 1.0 at perfect balance."""
+    loss_sums: LossSums
     stats: RouterStats
     state: RouterState
     """For the next call; between optimizer steps, ``router.after_step(state)``."""
@@ -62,8 +65,8 @@ class MoE(nnx.Module):
         """Padding (``valid`` False) takes no slot, and no routed expert adds to it.
 
         With ``rng`` None (inference) each row is its own group and, unless the router's capacity says otherwise, has a
-        slot for every choice: nothing is dropped, and a token's output depends on no other token. ``state`` is the
-        router's: ``router.initial_state()`` at first, ``()`` for routers without one.
+        slot for every choice: nothing is dropped, and a token's output depends on no other token; else it is a key, or
+        one a row. ``state`` is the router's: ``router.initial_state()`` at first, ``()`` for routers without one.
         """
         b, t, m = x.shape
         s = t if rng is None else self.group_size or t
@@ -71,7 +74,8 @@ class MoE(nnx.Module):
             raise BadInput(f"x {list(x.shape)}: group_size = {s} does not divide its {b * t} tokens; use a divisor")
         tokens = shard(x.reshape(b * t // s, s, m), "group token model")
         with jax.named_scope("gate"):
-            routing = self.router(tokens, valid.reshape(-1, s), rng, state)
+            keys = None if rng is None else group_keys(row_keys(rng, b), t, s)
+            routing = self.router(tokens, valid.reshape(-1, s), keys, state)
         with jax.named_scope("dispatch"):
             expert_in = self.dispatcher.dispatch(tokens, routing)
         expert_out = self.experts(expert_in)
@@ -79,4 +83,4 @@ class MoE(nnx.Module):
             routed = self.dispatcher.combine(expert_out, routing).reshape(b, t, m)
         out = shard(self.beside(x, routed), "batch time model")
         choices = routing.experts.reshape(b, t, -1)
-        return out, MoEMetrics(routing.losses, routing.stats, routing.state, choices)
+        return out, MoEMetrics(routing.losses, routing.loss_sums, routing.stats, routing.state, choices)

@@ -13,6 +13,7 @@ from gshardx.layers import (
     Embedding,
     FeedForward,
     Memory,
+    MoE,
     MoEMetrics,
     RMSNorm,
     RouterState,
@@ -20,7 +21,11 @@ from gshardx.layers import (
     Unembedding,
     Unit,
 )
+from gshardx.layers.draws import dropout, folded
 from gshardx.models.moe import build_moe
+
+_AT_EMBEDDING = 2**32 - 1
+"""Where blocks fold their number into a row's key, the embedding folds this."""
 
 
 class Decoder(nnx.Module):
@@ -32,12 +37,13 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, vocab: int, *, rngs: nnx.Rngs) -> None:
-        self.dtype = config.dtype
+        self.residual_dtype, self.logits_dtype = _dtype(config, "residual"), _dtype(config, "logits")
+        self.dropout, self.logit_cap = config.dropout, config.logit_cap
         self.embedding = Embedding(vocab, config.width, rngs=rngs)
         units = config.layers // config.moe.every
         self.stack = Stack(lambda rngs: _unit(config, rngs), units, config.remat, rngs=rngs)
         self.final_norm = RMSNorm(config.width, rngs=rngs)
-        self.unembedding = Unembedding(vocab, config.width, rngs=rngs)
+        self.unembedding = None if config.tie_embeddings else Unembedding(vocab, config.width, rngs=rngs)
 
     def hidden(
         self,
@@ -45,7 +51,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "b t"],
         valid: Bool[Array, "b t"],
         memory: Memory,
-        rng: Array | None,
+        keys: Array | None,
         state: RouterState,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics]:
         """Final hidden states, the extended memory, and metrics with a leading axis over MoE layers.
@@ -55,16 +61,22 @@ class Decoder(nnx.Module):
             positions: place of each token in its document.
             valid: False for padding.
             memory: what attention sees: ``Packed`` in training, ``KVCache`` in inference.
-            rng: for routers that draw; None at inference, where no token is dropped.
+            keys: one a row, for dropout and routers that draw; None at inference, where no token is dropped.
             state: the routers', stacked; ``self.stack.initial_state()`` at first.
         """
-        x = self.embedding(tokens, jnp.dtype(self.dtype))
-        x, memory, metrics = self.stack(x, positions, valid, memory, rng, state)
-        return self.final_norm(x), memory, metrics
+        x = self.embedding(tokens, jnp.dtype(self.residual_dtype))
+        x = dropout(x, None if keys is None else folded(keys, _AT_EMBEDDING), self.dropout)
+        x, memory, metrics = self.stack(x, positions, valid, memory, keys, state)
+        return self.final_norm(x, self.logits_dtype), memory, metrics
 
     def logits(self, hidden: Float[Array, "b t m"]) -> Float[Array, "b t v"]:
-        """Scores of the next token, fp32."""
-        return self.unembedding(hidden)
+        """Scores of the next token, fp32; capped to ``cap tanh(logits / cap)`` (Gemma 2, arXiv 2408.00118)."""
+        logits = self.embedding.scores(hidden) if self.unembedding is None else self.unembedding(hidden)
+        return logits if self.logit_cap is None else self.logit_cap * jnp.tanh(logits / self.logit_cap)
+
+
+def _dtype(config: ModelConfig, part: str) -> str:
+    return "float32" if part in config.float32 else config.dtype
 
 
 def _unit(config: ModelConfig, rngs: nnx.Rngs) -> Unit:
@@ -82,9 +94,13 @@ def _unit(config: ModelConfig, rngs: nnx.Rngs) -> Unit:
             rngs=rngs,
         )
 
+    def block(feed_forward: FeedForward | MoE, part: str) -> Block:
+        dtypes = (_dtype(config, "attention"), _dtype(config, part))
+        return Block(config.width, attention(), feed_forward, dtypes=dtypes, dropout=config.dropout, rngs=rngs)
+
     def dense() -> Block:
         ffn = FeedForward(config.width, config.hidden, config.activation, output_scale=scale, rngs=rngs)
-        return Block(config.width, attention(), ffn, rngs=rngs)
+        return block(ffn, "feed_forward")
 
     sparse = build_moe(config, scale, rngs)
-    return Unit([dense() for _ in range(config.moe.every - 1)], Block(config.width, attention(), sparse, rngs=rngs))
+    return Unit([dense() for _ in range(config.moe.every - 1)], block(sparse, "experts"))

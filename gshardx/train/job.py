@@ -13,9 +13,10 @@ from jaxtyping import Array
 from gshardx.config import Config
 from gshardx.models.build import Blueprint, Params, Variables, blueprint
 from gshardx.sharding import CompiledStep, build_mesh
+from gshardx.train.objective import Batch
 from gshardx.train.optimizer import build_optimizer
 from gshardx.train.state import TrainState, abstract_state, init_state, whole_over_fsdp
-from gshardx.train.step import Batch, StepMetrics, abstract_batch, compile_eval_step, compile_train_step
+from gshardx.train.step import StepMetrics, TrainStep, abstract_batch, compile_eval_step, compile_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +60,13 @@ class Job:
 
     @cached_property
     def train_step(self) -> CompiledStep[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-        return compile_train_step(
+        step = TrainStep(
             self.blueprint,
             self.optimizer,
-            self.state,
-            self.batch,
-            self.mesh,
-            trace=self.config.train.trace_every > 0,
-            gradients=jax.tree.map(lambda a: a.sharding, self.split) if self.config.train.zero_stage == 2 else None,
+            self.config.train,
+            places=jax.tree.map(lambda a: a.sharding, self.split) if self.config.train.zero_stage == 2 else None,
         )
+        return compile_train_step(step, self.state, self.batch, self.mesh)
 
     @cached_property
     def eval_step(self) -> CompiledStep[[Variables, Batch], Array]:

@@ -56,6 +56,7 @@ def items_of(state: TrainState, rows: grain.DatasetIterator[Rows]) -> Items:
         "optimizer": state.opt_state,
         "rng": {"key": state.rng},
         "balance": {"weight": state.balance_weight},
+        "guard": {"skipped": state.skipped},
         "data": Position(rows),
     }
 
@@ -91,6 +92,7 @@ def resume_or_start(
         rng=loaded["rng"]["key"],
         router=variables.router,
         balance_weight=loaded["balance"]["weight"],
+        skipped=loaded["guard"]["skipped"],
     )
     say(f"resuming {run.path} from step {step}")
     return state, step

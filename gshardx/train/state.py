@@ -27,6 +27,8 @@ class TrainState:
     """Of all MoE layers, stacked."""
     balance_weight: Float[Array, "layer"]
     """Of each MoE layer's balance loss."""
+    skipped: Int[Array, ""]
+    """Steps that changed nothing, since their gradients were not finite."""
 
     @property
     def variables(self) -> Variables:
@@ -61,13 +63,15 @@ def init_state(
     # Waited for: two programs in flight can starve each other on simulated devices.
     params = jax.block_until_ready(blueprint.init(init_key))
 
-    def rest(params: Params) -> tuple[Any, Array, Array]:
-        return optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key_data(run_key)
+    def rest(params: Params) -> tuple[Any, Array, Array, Array]:
+        return optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jax.random.key_data(run_key)
 
-    opt_state, step, rng = jax.jit(rest, out_shardings=(shardings.opt_state, shardings.step, shardings.rng))(params)
+    places = (shardings.opt_state, shardings.step, shardings.skipped, shardings.rng)
+    opt_state, step, skipped, rng = jax.jit(rest, out_shardings=places)(params)
     weight = np.full(abstract.balance_weight.shape, blueprint.config.moe.losses.get("balance", 0.0), np.float32)
     balance_weight = jax.device_put(weight, shardings.balance_weight)
-    return jax.block_until_ready(TrainState(step, params, opt_state, rng, blueprint.init_router(), balance_weight))
+    router = blueprint.init_router()
+    return jax.block_until_ready(TrainState(step, params, opt_state, rng, router, balance_weight, skipped))
 
 
 def abstract_state(
@@ -94,4 +98,5 @@ def abstract_state(
         rng=place(np.zeros(2, np.uint32), everywhere),
         router=blueprint.router,
         balance_weight=place(np.zeros(config.layers // config.moe.every, np.float32), everywhere),
+        skipped=place(np.zeros((), np.int32), everywhere),
     )

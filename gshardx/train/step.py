@@ -1,29 +1,23 @@
 """The train step and the evaluation step: pure functions, compiled once each."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import dataclasses
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from gshardx.layers import Losses, MoEMetrics, Packed, RouterStats
-from gshardx.layers.balance import adapt_coefficient
+from gshardx.config import TrainConfig
+from gshardx.layers import RouterState, RouterStats
+from gshardx.layers.balance import LossSums
+from gshardx.layers.draws import row_keys
 from gshardx.models.build import Blueprint, Params, Variables
 from gshardx.sharding import CompiledStep, abstract_array
+from gshardx.train.accumulate import Micro, Outcome, accumulated, gradients, rows_together
+from gshardx.train.objective import Batch, TokenLosses, adapt_coefficient, auxiliary_loss, token_losses
 from gshardx.train.state import TrainState
-
-
-class Batch(NamedTuple):
-    """Packed documents; see :data:`gshardx.data.pipeline.Rows`."""
-
-    tokens: Int[Array, "b t"]
-    targets: Int[Array, "b t"]
-    segments: Int[Array, "b t"]
-    positions: Int[Array, "b t"]
-    weights: Float[Array, "b t"]
 
 
 class StepMetrics(NamedTuple):
@@ -38,77 +32,99 @@ class StepMetrics(NamedTuple):
     stats: RouterStats
     balance_weight: Float[Array, "layer"]
     """Of the next step's balance losses."""
+    skipped: Int[Array, ""]
+    """Steps of the run so far, this one included, that changed nothing: their gradients were not finite."""
     experts: Int[Array, "layer b t k"] | None
-    """Each token's choices, for a routing trace; None unless the step was compiled with one."""
+    """Each token's choices, for a routing trace; None unless the config asks for them."""
 
 
-def total_loss(
-    blueprint: Blueprint, variables: Variables, batch: Batch, rng: Array | None
-) -> tuple[Float[Array, ""], MoEMetrics]:
-    """Sum of the weighted cross-entropies of all targets, nats, and MoE metrics."""
-    model = blueprint.bind(variables.params)
-    valid = batch.segments > 0
-    hidden, _, moe = model.hidden(
-        batch.tokens, batch.positions, valid, Packed.of(batch.segments), rng, variables.router
-    )
-    logits = model.logits(hidden)
-    # The target's logit by one-hot product: a gather's backward pass is a scatter into all logits.
-    of_target = jnp.sum(logits * jax.nn.one_hot(batch.targets, logits.shape[-1], dtype=logits.dtype), axis=-1)
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - of_target) * batch.weights), moe
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """One update, as a function of state and batch.
 
-
-def auxiliary_loss(
-    losses: Losses, weights: Mapping[str, float], balance_weight: Float[Array, "layer"]
-) -> Float[Array, ""]:
-    """Weighted auxiliary losses, averaged over the layers; "balance" has a weight of its own in each layer."""
-    others = sum(weight * losses[name].mean() for name, weight in weights.items() if name != "balance")
-    return jnp.mean(balance_weight * losses["balance"]) + others
-
-
-def train_step(
-    blueprint: Blueprint,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    batch: Batch,
-    trace: bool = False,
-    gradients: Params | None = None,
-) -> tuple[TrainState, StepMetrics]:
-    """One update: mean cross-entropy of the targets plus the auxiliary losses; then the routers' own updates.
-
-    ``gradients``: shardings that the gradient is reduced into, one a parameter; None leaves it to the partitioner.
+    Args:
+        plan: the model.
+        optimizer: the update rule.
+        config: micro-batches, losses of the targets, traces.
+        places: shardings that the gradient is brought into, one a parameter. None: micro-batches add up where the
+            parameters are; the gradient of an undivided batch is left to the partitioner.
     """
-    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    count, config = batch.weights.sum(), blueprint.config.moe
 
-    def objective(params: Params) -> tuple[Array, tuple[Array, MoEMetrics]]:
-        total, moe = total_loss(blueprint, Variables(params, state.router), batch, rng)
-        loss = total / jnp.maximum(count, 1.0)
-        return loss + auxiliary_loss(moe.losses, config.losses, state.balance_weight), (loss, moe)
+    plan: Blueprint
+    optimizer: optax.GradientTransformation
+    config: TrainConfig
+    places: Params | None = None
 
-    gradient, (loss, moe) = jax.grad(objective, has_aux=True)(state.params)
-    if gradients is not None:
-        gradient = jax.lax.with_sharding_constraint(gradient, gradients)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    router = blueprint.bind(state.params).stack.after_step(moe.state)
-    balance_weight = state.balance_weight
-    if config.adaptive_balance:
-        balance_weight = adapt_coefficient(balance_weight, moe.stats.drop_fraction)
-    metrics = StepMetrics(
-        loss,
-        optax.global_norm(gradient),
-        count.astype(jnp.int32),
-        moe.losses,
-        moe.stats,
-        balance_weight,
-        moe.experts if trace else None,
-    )
-    return TrainState(state.step + 1, params, opt_state, state.rng, router, balance_weight), metrics
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """Mean cross-entropy of the targets plus the auxiliary losses; then the routers' own updates.
+
+        Where the gradient is not finite, only the counters of steps move.
+        """
+        gradient, outcome = self.gradient(state, batch)
+        norm = optax.global_norm(gradient)
+        fine = jnp.isfinite(norm)
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
+        count = batch.weights.sum()
+        balance_weight = state.balance_weight
+        if self.plan.config.moe.adaptive_balance:
+            balance_weight = adapt_coefficient(balance_weight, outcome.stats.drop_fraction)
+        new = dataclasses.replace(
+            state,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            router=self.plan.bind(state.params).stack.after_step(outcome.router),
+            balance_weight=balance_weight,
+        )
+        state = dataclasses.replace(_chosen(fine, new, state), step=state.step + 1, skipped=state.skipped + ~fine)
+        metrics = StepMetrics(
+            outcome.tokens.nats / jnp.maximum(count, 1.0),
+            norm,
+            count.astype(jnp.int32),
+            self.plan.bind(state.params).stack.loss_values(outcome.losses),
+            outcome.stats,
+            state.balance_weight,
+            state.skipped,
+            outcome.experts,
+        )
+        return state, metrics
+
+    def gradient(self, state: TrainState, batch: Batch) -> tuple[Params, Outcome]:
+        """Of the objective, whatever the number of micro-batches."""
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        keys = row_keys(rng, batch.tokens.shape[0])
+        stack, weights = self.plan.bind(state.params).stack, self.plan.config.moe.losses
+        count = jnp.maximum(batch.weights.sum(), 1.0)
+
+        def weighted(tokens: TokenLosses, losses: LossSums) -> Array:
+            auxiliary = auxiliary_loss(stack.loss_values(losses), weights, state.balance_weight)
+            return tokens.minimised / count + auxiliary
+
+        inputs = (self._forward, weighted, state.params, batch, keys, state.router)
+        if self.config.accumulation_steps > 1:
+            return accumulated(*inputs, self._micro(batch))
+        gradient, outcome = gradients(*inputs)
+        return (gradient if self.places is None else jax.lax.with_sharding_constraint(gradient, self.places)), outcome
+
+    def _forward(self, params: Params, batch: Batch, keys: Array, router: RouterState) -> Outcome:
+        tokens, moe = token_losses(self.plan, Variables(params, router), batch, keys, self.config)
+        return Outcome(tokens, moe.loss_sums, moe.stats, moe.state, moe.experts if self.config.trace_every else None)
+
+    def _micro(self, batch: Batch) -> Micro:
+        moe, stack = self.plan.config.moe, self.plan.bind(self.plan.params).stack
+        losses = {name: loss for name, loss in stack.router.losses if name in {"balance", *moe.losses}}
+        means = tuple(losses) if all(loss.mean for loss in losses.values()) else None
+        together = rows_together(batch.tokens.shape[1], moe.group_size)
+        places = self.places or jax.tree.map(lambda p: p.sharding, self.plan.params)
+        return Micro(self.config.accumulation_steps, together, places, means)
 
 
-def eval_step(blueprint: Blueprint, variables: Variables, batch: Batch) -> Float[Array, ""]:
+def _chosen(which: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
+    return cast(TrainState, jax.tree.map(lambda a, b: jnp.where(which, a, b), new, old))
+
+
+def eval_step(plan: Blueprint, variables: Variables, batch: Batch) -> Float[Array, ""]:
     """Sum of the weighted cross-entropies in nats, no token dropped."""
-    return total_loss(blueprint, variables, batch, None)[0]
+    return token_losses(plan, variables, batch, None, TrainConfig())[0].nats
 
 
 def abstract_batch(batch_size: int, sequence_length: int, mesh: Mesh) -> Batch:
@@ -121,21 +137,12 @@ def abstract_batch(batch_size: int, sequence_length: int, mesh: Mesh) -> Batch:
 
 
 def compile_train_step(
-    blueprint: Blueprint,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    batch: Batch,
-    mesh: Mesh,
-    trace: bool = False,
-    gradients: Params | None = None,
+    step: TrainStep, state: TrainState, batch: Batch, mesh: Mesh
 ) -> CompiledStep[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Compile for abstract ``state`` and ``batch``; the state's buffers are reused (donated) for the next state.
-
-    With ``trace`` the metrics hold every token's choices. ``gradients``: shardings, as in :func:`train_step`.
-    """
+    """Compile for abstract ``state`` and ``batch``; the state's buffers are reused (donated) for the next state."""
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_step(blueprint, optimizer, state, batch, trace, gradients)
+        return step(state, batch)
 
     shardings = jax.tree.map(lambda a: a.sharding, state)
     return CompiledStep(train, (state, batch), mesh, donate=(0,), out_shardings=(shardings, None))

@@ -16,8 +16,6 @@ from gshardx.layers.balance import (
     ImportanceLoss,
     LoadLoss,
     ZLoss,
-    adapt_coefficient,
-    bias_update,
     cv_squared,
 )
 
@@ -235,7 +233,7 @@ def test_gradients_flow_through_the_mean_gates_alone(loss):
     else:
         parts = made.experts // 2
         sent = np.stack([(parts == part).sum(-1) for part in range(4)], -1)
-        sent = sent / 2 if isinstance(loss, DeviceLoss) else (sent > 0) / loss.limit
+        sent = (sent > 0) / loss.limit if isinstance(loss, CommunicationLoss) else sent / 2
         slope = np.repeat(4 * (sent * real).sum((0, 1)) / tokens.sum(), 2)[None]
     expected = np.broadcast_to(slope[:, None] * real / tokens.sum(), made.gates.shape)
 
@@ -247,16 +245,16 @@ def test_gradients_flow_through_the_mean_gates_alone(loss):
     np.testing.assert_array_equal(of_logits, 0.0)
 
 
-def test_the_bias_moves_by_the_sign_of_the_violation_alone():
-    moved = bias_update(jnp.asarray([0.5, 0.0, 0.0, -1.0]), jnp.asarray([100.0, 1.0, 1.0, 34.0]), 0.25)
-    np.testing.assert_array_equal(moved, [0.25, 0.25, 0.25, -1.0])
-
-
-def test_the_adapted_coefficient_follows_skyworks_numbers():
-    assert float(adapt_coefficient(jnp.float32(0.005), jnp.float32(0.01))) == pytest.approx(0.00497, rel=1e-5)
-    assert float(adapt_coefficient(jnp.float32(0.005), jnp.float32(0.5))) == pytest.approx(0.00505, rel=1e-5)
-    both = adapt_coefficient(jnp.asarray([1.0, 0.0]), jnp.asarray([0.2, 0.3]), slope=0.5, highest=0.12, decay=0.75)
-    np.testing.assert_allclose(both, [0.775, 0.03], rtol=1e-5)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_sums_of_parts_are_the_sums_of_the_whole(loss):
+    """With as many real tokens in each part as it may be, none included."""
+    whole = drawn(3, g=4, padding=True)
+    whole.valid[1] = False
+    parts = [Gating(*(x[rows] for x in whole)) for rows in (slice(0, 1), slice(1, 2), slice(2, 4))]
+    together = jax.tree.map(lambda *sums: sum(sums), *(jax.jit(loss.sums)(part) for part in parts))
+    assert float(loss.value(together)) == pytest.approx(value(loss, whole), rel=1e-6)
+    if loss.mean:
+        assert float(loss.value((together[0], whole.valid.sum()))) == pytest.approx(value(loss, whole), rel=1e-6)
 
 
 def test_squared_variation_is_variance_over_squared_mean():

@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from gshardx.config import ModelConfig, MoEConfig, OptimizerConfig
+from gshardx.config import ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from gshardx.models.build import Variables, blueprint
 from gshardx.sharding import MeshConfig, build_mesh
+from gshardx.train.objective import Batch
 from gshardx.train.optimizer import build_optimizer
 from gshardx.train.state import abstract_state, init_state
-from gshardx.train.step import Batch, abstract_batch, compile_eval_step, compile_train_step
+from gshardx.train.step import TrainStep, abstract_batch, compile_eval_step, compile_train_step
 
 VOCAB, ROWS, LENGTH = 32, 8, 16
 
@@ -31,7 +32,8 @@ def compiled(config, mesh_config):
     plan = blueprint(config, VOCAB, mesh)
     optimizer = build_optimizer(OptimizerConfig(warmup_steps=1), 10, plan.axes)
     batch = abstract_batch(ROWS, LENGTH, mesh)
-    step = compile_train_step(plan, optimizer, abstract_state(plan, optimizer, mesh), batch, mesh)
+    update = TrainStep(plan, optimizer, TrainConfig())
+    step = compile_train_step(update, abstract_state(plan, optimizer, mesh), batch, mesh)
     return mesh, plan, optimizer, batch, step
 
 

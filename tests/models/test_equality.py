@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gshardx.cli import run_command
-from gshardx.config import OptimizerConfig
+from gshardx.config import OptimizerConfig, TrainConfig
 from gshardx.models.build import Variables, blueprint
 from gshardx.models.decode import Sampling
 from gshardx.models.generator import Generator
@@ -17,7 +17,7 @@ from gshardx.sharding import MeshConfig, build_mesh, distributed, simulate_devic
 from gshardx.sharding.distributed import fetch
 from gshardx.train.optimizer import build_optimizer
 from gshardx.train.state import abstract_state, init_state
-from gshardx.train.step import abstract_batch, compile_train_step
+from gshardx.train.step import TrainStep, abstract_batch, compile_train_step
 from tests.models.test_decoder import LENGTH, ROWS, VOCAB, model, packed_batch
 from tests.together import finish_both, start_both
 
@@ -39,7 +39,8 @@ def trained(mesh):
     plan = blueprint(CONFIG, VOCAB, mesh)
     optimizer = build_optimizer(OptimizerConfig(warmup_steps=1, epsilon=1e-2), 10, plan.axes)
     batch = abstract_batch(ROWS, LENGTH, mesh)
-    step = compile_train_step(plan, optimizer, abstract_state(plan, optimizer, mesh), batch, mesh)
+    update = TrainStep(plan, optimizer, TrainConfig())
+    step = compile_train_step(update, abstract_state(plan, optimizer, mesh), batch, mesh)
     state = init_state(plan, optimizer, 0, mesh)
     found = {}
     for number in range(STEPS):

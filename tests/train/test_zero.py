@@ -13,7 +13,7 @@ from gshardx.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from gshardx.sharding import MeshConfig
 from gshardx.train.job import Job
 from gshardx.train.state import abstract_state
-from gshardx.train.step import compile_train_step
+from gshardx.train.step import TrainStep, compile_train_step
 from tests.models.test_decoder import LENGTH, ROWS, VOCAB, model, packed_batch
 
 FSDP = MeshConfig(fsdp=8)
@@ -132,11 +132,10 @@ def test_stage_2_reduces_gradients_into_their_slices():
     work = job(2, FSDP)
     shardings = jax.tree.map(lambda a: a.sharding, work.split)
     lowered = {}
-    for gradients in (None, shardings):
-        step = compile_train_step(
-            work.blueprint, work.optimizer, abstract_state(work.blueprint, work.optimizer, work.mesh), work.batch,
-            work.mesh, gradients=gradients,
-        )  # fmt: skip
-        lowered[gradients is not None] = len(instructions(step, "all-gather"))
+    for places in (None, shardings):
+        update = TrainStep(work.blueprint, work.optimizer, work.config.train, places)
+        state = abstract_state(work.blueprint, work.optimizer, work.mesh)
+        step = compile_train_step(update, state, work.batch, work.mesh)
+        lowered[places is not None] = len(instructions(step, "all-gather"))
     assert lowered[False] == 0
     assert lowered[True] >= len([p for p in jax.tree.leaves(work.split) if "fsdp" in str(p.sharding.spec)])

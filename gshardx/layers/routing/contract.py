@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from gshardx.layers.balance import Loss, LossSums
 from gshardx.layers.routing.statistics import RouterStats
 
 RouterState = Any
@@ -36,6 +37,8 @@ class Routing:
     input_weights: Float[Array, "g s k"] | None
     """fp32, on the experts' inputs (Llama 4); None: inputs go as they are."""
     losses: Losses
+    loss_sums: LossSums
+    """What ``losses`` are of; those of micro-batches add up."""
     stats: RouterStats
     state: RouterState
     """The next state; also what :meth:`Router.after_step` turns into the state of the next step."""
@@ -46,12 +49,13 @@ class Routing:
 class Router(Protocol):
     """Chooses experts.
 
-    ``rng`` is a key in training and None at inference, where a choice depends on its own token alone. ``state`` is what
-    ``initial_state`` or the last ``after_step`` gave.
+    ``rng`` is a key, or one for each group, in training and None at inference, where a choice depends on its own token
+    alone. ``state`` is what ``initial_state`` or the last ``after_step`` gave.
     """
 
     num_experts: int
     top_k: int
+    losses: tuple[tuple[str, Loss], ...]
 
     def initial_state(self) -> RouterState: ...
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.layers.balance import BalanceLoss, Gating, ZLoss
+from gshardx.layers.draws import draw, folded, row_keys
 from gshardx.layers.routing.choice import take, top_k
 from gshardx.layers.routing.contract import RouterState, Routing
 from gshardx.layers.routing.linear import LinearRouter, normalised
@@ -71,7 +72,7 @@ class GShardRouter(LinearRouter):
         first, others = importance == 1.0, importance > 0.0
         logits = self.logits(tokens)
         gates = jax.nn.softmax(logits, axis=-1)
-        choice_rng, coin_rng = (None, None) if rng is None else jax.random.split(rng)
+        choice_rng, coin_rng = (None, None) if rng is None else (folded(row_keys(rng, len(tokens)), i) for i in (0, 1))
         experts = self._choose(logits, first, choice_rng)
         wanted = jnp.stack([first] + [others] * (self.top_k - 1), axis=-1)
         weights = take(gates, experts) * wanted
@@ -103,7 +104,7 @@ class GShardRouter(LinearRouter):
         later = best[..., 1:]
         from_best = best[..., :-1]
         if self.second_expert == "sampling" and rng is not None:
-            drawn = logits + jax.random.gumbel(rng, logits.shape)
+            drawn = logits + draw(jax.random.gumbel, rng, logits.shape)
             taken = best[..., :1] == jnp.arange(self.num_experts, dtype=jnp.int32)
             later = top_k(jnp.where(taken, -jnp.inf, drawn), self.top_k - 1)
             from_best = top_k(drawn, self.top_k - 1)
@@ -112,5 +113,5 @@ class GShardRouter(LinearRouter):
     def _accept(self, weights: Float[Array, "g s k"], rng: Array | None) -> Bool[Array, "g s k"]:
         if self.second_expert != "random" or rng is None:
             return jnp.ones(weights.shape, bool)
-        coin = jax.random.uniform(rng, weights.shape) < weights / max(self.threshold, 1e-9)
+        coin = draw(jax.random.uniform, rng, weights.shape) < weights / max(self.threshold, 1e-9)
         return coin.at[..., 0].set(True)

@@ -97,13 +97,15 @@ class LinearRouter(nnx.Module):
         wanted = jnp.broadcast_to(counted[..., None], experts.shape) if wanted is None else wanted
         slots, load = assign_slots(experts, wanted, self.num_experts, self._priority(gating))
         keep = wanted & accepted & (slots < capacity)
+        sums = {name: loss.sums(judged or gating) for name, loss in self.losses}
         return Routing(
             experts=experts,
             slots=slots,
             keep=keep,
             weights=weights * keep,
             input_weights=None,
-            losses={name: loss(judged or gating) for name, loss in self.losses},
+            losses={name: loss.value(sums[name]) for name, loss in self.losses},
+            loss_sums=sums,
             stats=count(gating.logits, gating.gates, wanted & accepted, keep, load, counted, capacity),
             state=state,
             num_experts=self.num_experts,

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gshardx.layers.balance import Gating, bias_update
+from gshardx.layers.balance import Gating
 from gshardx.layers.routing.choice import best_groups, check_groups, take, top_k
 from gshardx.layers.routing.contract import Routing
 from gshardx.layers.routing.linear import LinearRouter, normalised
@@ -86,3 +86,8 @@ class SigmoidBiasRouter(LinearRouter):
             ones = routing.keep.astype(jnp.float32)
             return dataclasses.replace(routing, weights=ones, input_weights=routing.weights, state=state)
         return dataclasses.replace(routing, state=state)
+
+
+def bias_update(bias: Float[Array, "e"], load: Float[Array, "e"], rate: float) -> Float[Array, "e"]:
+    """``b + rate * sign(mean load - load)`` (arXiv 2408.15664 Algorithm 1; DeepSeek-V3 uses rate 0.001)."""
+    return bias + rate * jnp.sign(load.mean() - load)

@@ -47,6 +47,12 @@ class RouterStats(NamedTuple):
         return self.load.max(-1) * self.load.shape[-1] / jnp.maximum(self.load.sum(-1), 1.0)
 
 
+def merged(a: RouterStats, b: RouterStats) -> RouterStats:
+    """Of two batches together."""
+    added: Any = RouterStats(*(jnp.add(x, y) for x, y in zip(a, b, strict=True)))  # type: ignore[arg-type]
+    return added._replace(largest_logit=jnp.maximum(a.largest_logit, b.largest_logit))
+
+
 def describe(stats: RouterStats) -> dict[str, Any]:
     """Every figure of one or more layers by its name, NumPy, for fetched ``stats``."""
     s: Any = RouterStats(*(np.asarray(value, np.float64) for value in stats))  # type: ignore[arg-type]

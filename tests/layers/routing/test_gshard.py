@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from gshardx.layers.draws import draw, folded, row_keys
 from gshardx.layers.routing import Capacity, GShardRouter
 from tests.layers.routing.cases import DRAWN, G, M, capacity_of, check, compiled, data
 from tests.oracles import gshard as oracle
@@ -46,9 +47,9 @@ def routed(numbers, capacity, options, tokens, kernel, importance, rng):
     assert routing.capacity == slots
     draws = [{} for _ in tokens]
     if rng is not None:
-        choice_rng, coin_rng = jax.random.split(rng)
-        coins = jax.random.uniform(coin_rng, (len(tokens), s, k))
-        noise = jax.random.gumbel(choice_rng, (len(tokens), s, e))
+        choice_rng, coin_rng = (folded(row_keys(rng, len(tokens)), number) for number in (0, 1))
+        coins = draw(jax.random.uniform, coin_rng, (len(tokens), s, k))
+        noise = draw(jax.random.gumbel, choice_rng, (len(tokens), s, e))
         draws = [{"coin": np.asarray(c), "gumbel": np.asarray(n)} for c, n in zip(coins, noise, strict=True)]
     groups = [
         oracle.route(np.asarray(logits[g]), k, slots, np.asarray(importance[g]), **options, **draws[g])

@@ -8,7 +8,7 @@ from flax import nnx
 from hypothesis import assume, given, settings
 
 from gshardx.layers.routing import Capacity, SigmoidBiasRouter
-from gshardx.layers.routing.sigmoid_bias import BiasState
+from gshardx.layers.routing.sigmoid_bias import BiasState, bias_update
 from tests.layers.routing.cases import DRAWN, G, M, capacity_of, check, compiled, data
 from tests.oracles import sigmoid_bias as oracle
 
@@ -134,3 +134,8 @@ def test_a_bias_balances_a_skewed_router_within_600_steps():
     assert np.asarray(state.bias)[0] > np.asarray(state.bias)[-1]
     _, unmoved = simulate(0.0)
     assert violation(unmoved[-last:]) > 1.0
+
+
+def test_the_bias_moves_by_the_sign_of_the_violation_alone():
+    moved = bias_update(jnp.asarray([0.5, 0.0, 0.0, -1.0]), jnp.asarray([100.0, 1.0, 1.0, 34.0]), 0.25)
+    np.testing.assert_array_equal(moved, [0.25, 0.25, 0.25, -1.0])

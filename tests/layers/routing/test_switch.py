@@ -1,11 +1,14 @@
 """The switch router against the paper's loops, token by token."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 
+from gshardx.layers.draws import draw
 from gshardx.layers.routing import Capacity, SwitchRouter
 from tests.layers.routing.cases import DRAWN, G, M, capacity_of, check, compiled, data
 from tests.oracles import switch as oracle
@@ -23,7 +26,7 @@ def jittered(tokens, rng, jitter):
     """The tokens that the router sees in training."""
     if rng is None or jitter == 0:
         return jnp.asarray(tokens)
-    return tokens * jax.random.uniform(rng, tokens.shape, minval=1 - jitter, maxval=1 + jitter)
+    return tokens * draw(partial(jax.random.uniform, minval=1 - jitter, maxval=1 + jitter), rng, tokens.shape)
 
 
 @pytest.mark.parametrize(("numbers", "capacity", "options"), SETTINGS, ids=str)

@@ -1,0 +1,30 @@
+"""Rematerialisation by name: what the backward pass makes again to save memory, and what it keeps."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from gshardx.layers.dispatch import ALL_TO_ALL_RESULTS
+
+_keep = jax.checkpoint_policies
+_again = partial(jax.checkpoint, prevent_cse=False)  # a scan's body is not merged with its own repetition
+
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": lambda step: step,
+    "dots": partial(_again, policy=_keep.dots_saveable),
+    "keep_all_to_all": partial(_again, policy=_keep.save_only_these_names(*ALL_TO_ALL_RESULTS)),
+    "offload": partial(
+        _again,
+        policy=_keep.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(ALL_TO_ALL_RESULTS),
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    ),
+    "full": _again,
+}
+"""Of a unit of blocks, from most memory to least: everything is kept; the results of matrix products; what arrived by
+all-to-all; the same, in the host's memory until it is needed; nothing but the unit's input."""
