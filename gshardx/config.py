@@ -127,8 +127,8 @@ class ModelConfig:
     )
     """Parts that compute in float32 whatever dtype is; residual: the stream that blocks add to."""
     remat: Literal["none", "dots", "keep_all_to_all", "offload", "full"] = "none"
-    """What the backward pass makes again, from most memory to least: nothing; all but the results of matrix products;
-    all but what came by all-to-all; the same, kept in the host's memory; everything."""
+    """What the backward pass makes again, from most memory to least: nothing; all but results of matrix products and
+    what came by all-to-all; all but the latter; the same, kept in the host's memory; everything."""
     dropout: float = 0.0
     """Share of the embedding and of each branch's output that training sets to 0."""
     tie_embeddings: bool = False
@@ -255,6 +255,39 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What a run does when training goes wrong (docs/training.md)."""
+
+    max_skipped: int = 10
+    """Steps in a row whose gradients are not finite, and which change nothing, after which the run ends."""
+    spike_factor: float | None = None
+    """A loss above this multiple of the median of the last spike_window steps is a spike: the run goes back to the last
+    good checkpoint and leaves out the batches since; null: never."""
+    spike_window: int = 50
+    """Steps whose median loss is the measure; no spike is seen before there are as many."""
+    max_rollbacks: int = 3
+    """Times that a run goes back; then it ends."""
+    router_logit: float = 1000.0
+    """Largest router logit, in absolute value, above which a layer is named in a warning."""
+
+    def __post_init__(self) -> None:
+        _positive("guard", self, "max_skipped", "spike_window", "router_logit")
+        _at_least_zero("guard", self, "max_rollbacks")
+        if self.spike_factor is not None and not 1 < self.spike_factor < math.inf:
+            raise BadInput(f"guard.spike_factor = {self.spike_factor}: must be above 1 and finite; use 2, or null")
+
+
+@dataclasses.dataclass(frozen=True)
+class DebugConfig:
+    """Help to find out what a step does; each slows a run down."""
+
+    nans: bool = False
+    """Where a gradient is not finite, repeat the step operation by operation and name the one that made it so."""
+    dump_hlo: bool = False
+    """Write each compiled step to RUN_DIR/hlo, before and after XLA's optimisation."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -268,6 +301,8 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

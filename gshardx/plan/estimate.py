@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from gshardx.config import Config, ModelConfig
 from gshardx.errors import BadInput
 from gshardx.layers import Capacity
+from gshardx.layers.remat import REMAT
 from gshardx.plan.network import seconds
 from gshardx.plan.program import Serving, vocabulary
 from gshardx.plan.report import Plan
@@ -18,6 +19,8 @@ from gshardx.plan.topology import Topology
 from gshardx.sharding import MeshConfig
 
 _FP32 = 4
+_PRODUCTS_KEPT = ("none", "dots")
+"""Rematerialisation that repeats no matrix product, but attention's scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """What a device holds and does."""
+    """What a device holds and does for a micro-batch."""
 
     tokens: int
     slots: int
@@ -87,15 +90,17 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     sizes = _sizes(config)
     local = sizes.not_over_fsdp + sizes.over_fsdp / (mesh.fsdp if config.train.zero_stage == 3 else 1)
     split = sizes.not_over_fsdp + sizes.over_fsdp / mesh.fsdp
-    flops = _flops(config, sizes)
+    micro = config.train.accumulation_steps
+    flops = micro * _flops(config, sizes)
     update = 7 * _FP32 * split  # read parameter, two moments and gradient; write the first three
-    traffic = _traffic(config, sizes) + update
+    adding = 0 if micro == 1 else 3 * _FP32 * split * micro  # read the sum and the new gradient, write the sum
+    traffic = micro * _traffic(config, sizes) + adding + update
     return Estimate(
         parameters=_FP32 * local,
         optimizer=2 * _FP32 * split,
         gradients=_FP32 * (split if config.train.zero_stage >= 2 else local),
         activations=_activations(model, sizes, mesh.tensor, model.remat),
-        working=_working(config, sizes, local),
+        working=_working(config, sizes, local) + (_FP32 * local if micro > 1 else 0),
         compute=flops / chip.peak_flops,
         memory=traffic / chip.hbm_bandwidth,
         update=update / chip.hbm_bandwidth,
@@ -107,7 +112,8 @@ def estimate(config: Config, topology: Topology) -> Estimate:
 def _sizes(config: Config) -> _Sizes:
     model, mesh = config.model, config.mesh
     moe = model.moe
-    tokens = config.train.batch_size * config.data.sequence_length // mesh.batch_shards
+    rows = config.train.batch_size // config.train.accumulation_steps
+    tokens = rows * config.data.sequence_length // mesh.batch_shards
     group = moe.group_size or config.data.sequence_length
     capacity = Capacity(moe.capacity_factor).slots(group, moe.num_experts, moe.top_k, training=True)
     slots = tokens // group * moe.num_experts * capacity
@@ -157,9 +163,9 @@ def _repeated(config: Config, sizes: _Sizes, layers: float, scores: float) -> fl
     ``layers`` except the last product of each expert (if what comes by all-to-all is kept) and of each shared one,
     whose results no gradient needs."""
     model, moe = config.model, config.model.moe
-    if model.remat == "none":
+    if model.remat in _PRODUCTS_KEPT:
         return scores / 2 * model.layers
-    rows = sizes.slots * moe.hidden if model.remat == "keep_all_to_all" else 0
+    rows = sizes.slots * moe.hidden if model.remat != "full" else 0
     rows += sizes.tokens * moe.shared_hidden if moe.shared == "plain" else 0
     return layers - 2 * rows * model.width / config.mesh.tensor * sizes.sparse_layers
 
@@ -168,7 +174,7 @@ def _traffic(config: Config, sizes: _Sizes) -> float:
     """Bytes through a device's memory, without the optimizer's: weights of each pass, operands and results of the
     products."""
     model, moe, tensor = config.model, config.model.moe, config.mesh.tensor
-    passes = 3 if model.remat == "none" else 4
+    passes = 3 if model.remat in _PRODUCTS_KEPT else 4
     weights = sizes.over_fsdp * sizes.itemsize * passes
     per_token = 8 * model.width + 4 * (model.heads + model.kv_heads) * model.head_dim / tensor
     scores = 3 * config.data.sequence_length * model.heads / tensor
@@ -181,7 +187,7 @@ def _traffic(config: Config, sizes: _Sizes) -> float:
 
 def _activations(model: ModelConfig, sizes: _Sizes, tensor: int, remat: str) -> float:
     """Bytes that the forward pass keeps for the backward one."""
-    if remat == "full":
+    if remat in ("full", "offload"):
         kept: float = sizes.tokens * model.width * sizes.sparse_layers
     elif remat == "keep_all_to_all":
         kept = (sizes.tokens + 2 * sizes.slots) * model.width * sizes.sparse_layers
@@ -203,7 +209,7 @@ def _working(config: Config, sizes: _Sizes, local: float) -> float:
     unit = 2 * layers / sizes.sparse_layers * sizes.itemsize
     logits = 2 * sizes.tokens * sizes.vocab / tensor * _FP32
     scores = sizes.tokens * config.data.sequence_length * model.heads / tensor * _FP32
-    if model.remat == "none":
+    if model.remat in _PRODUCTS_KEPT:
         layer = 2 * sizes.slots * (2 * model.width + sizes.matrices * model.moe.hidden / tensor) * sizes.itemsize
     else:
         layer = _activations(model, sizes, tensor, "none") / sizes.sparse_layers
@@ -211,15 +217,16 @@ def _working(config: Config, sizes: _Sizes, local: float) -> float:
 
 
 def _sends(config: Config, sizes: _Sizes, topology: Topology, mesh: MeshConfig) -> Iterator[float]:
-    """Seconds of each kind of collective. Slices are joined along data first, then fsdp, then expert."""
-    model, zero = config.model, config.train.zero_stage
+    """Seconds of each kind of collective of all micro-batches. Slices are joined along data first, then fsdp, then
+    expert."""
+    model, zero, micro = config.model, config.train.zero_stage, config.train.accumulation_steps
 
-    def took(op: str, size: float, *axes: str, count: int = 1) -> float:
+    def took(op: str, size: float, *axes: str, count: int = 1, times: int = micro) -> float:
         lengths = [mesh.shape[axis] for axis in axes]
         inner = math.prod(lengths) * mesh.tensor
         crosses = topology.slices > 1 and ("data" in axes or inner > mesh.size // topology.slices)
         each = seconds(op, size / count, lengths, topology.chip, topology.torus, crosses, topology.slices)
-        return count * each
+        return times * count * each
 
     wire = 2 if model.moe.wire == "bfloat16" else sizes.itemsize
     exchanges = (6 if model.remat == "full" else 4) * sizes.sparse_layers
@@ -229,7 +236,7 @@ def _sends(config: Config, sizes: _Sizes, topology: Topology, mesh: MeshConfig) 
     if zero == 3:
         yield 2 * took("all-gather", split * sizes.itemsize, "fsdp", count=gathers)
     else:
-        yield took("all-gather", split * _FP32, "fsdp", count=gathers)
+        yield took("all-gather", split * _FP32, "fsdp", count=gathers, times=1)
     # The sum over fsdp leaves each device its part (ZeRO-2, 3); what data and expert add to it is a sum of that part.
     yield took("reduce-scatter", sizes.shared * sizes.itemsize, "fsdp")
     yield took("reduce-scatter", sizes.expert * sizes.itemsize, "fsdp")
@@ -244,7 +251,7 @@ def _partial_sums(model: ModelConfig, sizes: _Sizes) -> tuple[int, float]:
     are made again, and the gradients of what its products take in."""
     dense, sparse, inputs = sizes.dense_layers, sizes.sparse_layers, sizes.matrices - 1
     beside = sparse if model.moe.shared_hidden else 0
-    again = 1 if model.remat == "none" else 2
+    again = 1 if model.remat in _PRODUCTS_KEPT else 2
 
     def total(tokens: int, slots: int) -> int:
         forward = (model.layers + dense + beside) * tokens + sparse * slots
@@ -297,7 +304,7 @@ def neighbours(config: Config, topology: Topology) -> Iterator[tuple[str, Config
     """Configs that differ in one thing that saves memory, with the flags that say so."""
     if config.train.zero_stage < 3:
         yield from _valid("--train.zero_stage 3", config, topology, train={"zero_stage": 3})
-    policies = ("none", "keep_all_to_all", "full")
+    policies = tuple(REMAT)
     for remat in policies[policies.index(config.model.remat) + 1 :]:
         yield from _valid(f"--model.remat {remat}", config, topology, model={"remat": remat})
     shares = (2, 4, 8, 16, 32)
@@ -307,6 +314,9 @@ def neighbours(config: Config, topology: Topology) -> Iterator[tuple[str, Config
                 mesh = {**config.mesh.shape, "data": config.mesh.data // share, axis: config.mesh.shape[axis] * share}
                 flags = " ".join(f"--mesh.{name} {size}" for name, size in mesh.items())
                 yield from _valid(flags, config, topology, mesh=mesh)
+    for share in shares:
+        steps = config.train.accumulation_steps * share
+        yield from _valid(f"--train.accumulation_steps {steps}", config, topology, train={"accumulation_steps": steps})
     for share in shares:
         if config.train.batch_size % share == 0:
             batch = config.train.batch_size // share

@@ -17,9 +17,12 @@ from gshardx.plan.report import Plan, make_plan
 from gshardx.plan.topology import Topology
 from gshardx.sharding import MeshConfig
 
-_REMAT = ("none", "keep_all_to_all", "full")
 _CAPACITY = (1.0, 1.25, 2.0)
-_BATCHES = (0.5, 1, 2, 4)
+_REMAT = ("none", "dots", "keep_all_to_all", "full")
+"""Without "offload": the formulas know nothing of the way to the host's memory."""
+_BATCHES = (0.5, 2, 4)
+_MICRO = (1, 2, 4, 8)
+"""Micro-batches of a step of the config's own batch."""
 _COMPILED = 4
 """Plans to compile; more, up to _AT_MOST, while none of them fits."""
 _AT_MOST = 12
@@ -44,13 +47,15 @@ class Candidate:
         capacity = self.config.model.moe.capacity_factor
         return (
             f"{mesh} --model.remat {self.config.model.remat} --train.batch_size {self.config.train.batch_size} "
+            f"--train.accumulation_steps {self.config.train.accumulation_steps} "
             f"--model.moe.capacity_factor {'null' if capacity is None else capacity}"
         )
 
     @property
     def microbatch(self) -> int:
-        """Sequences of one device."""
-        return self.config.train.batch_size // self.config.mesh.batch_shards
+        """Sequences of one device at a time."""
+        train = self.config.train
+        return train.batch_size // train.accumulation_steps // self.config.mesh.batch_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +135,8 @@ def _line(candidate: Candidate, plan: Plan) -> str:
 def search(config: Config, topology: Topology, say: Callable[[str], None] | None = None) -> Search:
     """Rank every mesh, rematerialisation, batch and capacity for training ``config``; compile the best few.
 
-    Ranking is by predicted tokens per second among those whose estimated memory fits. Gradients are not accumulated,
-    so a device's microbatch is its share of the batch. Where a compiled one does not fit, those are passed over that
-    should need as much.
+    Ranking is by predicted tokens per second among those whose estimated memory fits. Where a compiled one does not
+    fit, those are passed over that should need as much.
     """
     considered, fitting = 0, []
     for candidate in candidates(config, topology):
@@ -175,14 +179,15 @@ def candidates(config: Config, topology: Topology) -> Iterator[Candidate]:
     capacity = config.model.moe.capacity_factor
     factors = [capacity] if capacity is None else sorted({capacity, *_CAPACITY})
     batches = sorted({max(1, int(config.train.batch_size * share)) for share in _BATCHES})
+    train = config.train
+    cuts = [(train.batch_size, micro) for micro in sorted({train.accumulation_steps, *_MICRO})]
+    cuts += [(batch, train.accumulation_steps) for batch in batches]
     for mesh in meshes(len(topology.devices)):
-        for remat in _REMAT:
-            for factor in factors:
-                for batch in batches:
-                    changed = _changed(config, mesh, remat, factor, batch)
-                    if changed and can_lie_on(changed, topology):
-                        same = (factor, batch) == (capacity, config.train.batch_size)
-                        yield Candidate(changed, estimate(changed, topology), same)
+        for remat, factor, (batch, micro) in itertools.product(_REMAT, factors, cuts):
+            changed = _changed(config, mesh, remat, factor, batch, micro)
+            if changed and can_lie_on(changed, topology):
+                same = (factor, batch) == (capacity, config.train.batch_size)
+                yield Candidate(changed, estimate(changed, topology), same)
 
 
 def meshes(devices: int) -> Iterator[MeshConfig]:
@@ -198,13 +203,14 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
-def _changed(config: Config, mesh: MeshConfig, remat: str, factor: float | None, batch: int) -> Config | None:
+def _changed(
+    config: Config, mesh: MeshConfig, remat: str, factor: float | None, batch: int, micro: int
+) -> Config | None:
     """None where the config's rules refuse it."""
     moe = dataclasses.replace(config.model.moe, capacity_factor=factor)
     model = dataclasses.replace(config.model, remat=remat, moe=moe)  # type: ignore[arg-type]
+    train = dataclasses.replace(config.train, batch_size=batch, accumulation_steps=micro)
     try:
-        return dataclasses.replace(
-            config, mesh=mesh, model=model, train=dataclasses.replace(config.train, batch_size=batch)
-        )
+        return dataclasses.replace(config, mesh=mesh, model=model, train=train)
     except BadInput:
         return None

@@ -37,7 +37,9 @@ def test_candidates_are_valid_and_different():
     for candidate in found:
         assert can_lie_on(candidate.config, topology())
         assert build_mesh(candidate.config.mesh).size == 8
-        assert candidate.microbatch * candidate.config.mesh.batch_shards == candidate.config.train.batch_size
+        train = candidate.config.train
+        rows = candidate.microbatch * candidate.config.mesh.batch_shards * train.accumulation_steps
+        assert rows == train.batch_size
     same = [candidate for candidate in found if candidate.learns_the_same]
     assert {(c.config.train.batch_size, c.config.model.moe.capacity_factor) for c in same} == {(8, 1.25)}
     assert len(same) * 8 < len(found)
