@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any, get_args
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from timing import filled
+
 from gshardx.cli import read_config
 from gshardx.config import Config, check_model_on_mesh
 from gshardx.errors import BadInput
 from gshardx.models.budget import Step, step_budget
 from gshardx.models.generator import compile_decode, compile_prefill
-from gshardx.sharding import Budget, Collective, CompiledStep, MeshConfig, simulate_devices, totals
+from gshardx.sharding import Allowance, Budget, Collective, CompiledStep, MeshConfig, simulate_devices, totals
+from gshardx.sharding.collectives import REDUCTIONS
 from gshardx.train.job import Job
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 DEVICES, ROWS, LENGTH, CHUNK = 8, 16, 128, 64
 """Rows and cache length of prefill and decode, and prompt tokens in a call of prefill."""
 STEPS: tuple[Step, ...] = get_args(Step)
-MARKS = ("<!-- collectives:begin -->", "<!-- collectives:end -->")
 HEADER = "| mesh | op | over | count | bytes a device | budget: count | bytes |\n|---|---|---|---|---|---|---|"
 
 
@@ -61,22 +63,28 @@ def compiled(config: Config, step: Step) -> tuple[CompiledStep[..., Any], Budget
 
 
 def lines(mesh: MeshConfig, found: list[Collective], budget: Budget) -> Iterator[str]:
-    """A row of the table for each operation and axes."""
+    """A row of the table for each operation and axes, and one for all reductions across each axis."""
     name = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     allowed = {(one.op, one.axes): one for one in budget.allowances}
     for one in totals(found):
-        allowance = allowed.get((one.op, one.axes))
-        if allowance is None:
-            count, most = "small", f"up to {budget.small:,} together" if one.op == "all-reduce" else "none"
-        else:
-            exact = allowance.least_bytes == allowance.bytes_per_device
-            count = "any" if allowance.count is None else f"{'' if exact else 'up to '}{allowance.count}"
-            most = f"{'' if exact else 'up to '}{allowance.bytes_per_device:,}"
         sent = f"{one.op} | {' x '.join(one.axes)} | {one.count} | {one.bytes_per_device:,}"
-        yield f"| {name} | {sent} | {count} | {most} |"
+        yield f"| {name} | {sent} | {' | '.join(told(allowed.get((one.op, one.axes)), one.op, budget.small))} |"
         name = ""
+    for axis, most in budget.reduced.items():
+        crossing = [one for one in found if axis in one.axes and one.op in REDUCTIONS]
+        count, sent = sum(one.count for one in crossing), sum(one.bytes_per_device for one in crossing)
+        yield f"| | reductions | any with {axis} | {count} | {sent:,} | any | up to {most:,} |"
     if not found:
         yield f"| {name} | nothing | | | | | |"
+
+
+def told(allowance: Allowance | None, op: str, small: int) -> tuple[str, str]:
+    """Count and bytes that the budget allows."""
+    if allowance is None:
+        return "small", f"up to {small:,} together" if op == "all-reduce" else "none"
+    most = "" if allowance.least_bytes == allowance.bytes_per_device else "up to "
+    count = "any" if allowance.count is None else f"{most}{allowance.count}"
+    return count, "below" if allowance.bytes_per_device is None else f"{most}{allowance.bytes_per_device:,}"
 
 
 def tables(config: Config, wanted: list[MeshConfig], steps: list[Step]) -> Iterator[str]:
@@ -121,9 +129,7 @@ def main() -> None:
     if arguments.write is None:
         print(text)
         return
-    before, rest = arguments.write.read_text().split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    arguments.write.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+    arguments.write.write_text(filled(arguments.write.read_text(), "collectives", text))
 
 
 if __name__ == "__main__":

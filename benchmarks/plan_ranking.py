@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 import jax
 import numpy as np
 from report import Machine
-from timing import Table, cell, take_turns
+from timing import Table, cell, filled, take_turns
 
 from gshardx.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
 from gshardx.plan.estimate import estimate
@@ -185,20 +185,6 @@ def chips() -> Iterator[str]:
     for chip in CHIPS.values():
         for figure in FIGURES:
             yield f"| {chip.name} | {figure} | {chip.sources[figure]} |"
-
-
-def filled(page: str, name: str, text: str) -> str:
-    """``page`` with ``text`` between its markers of ``name``.
-
-    Raises:
-        SystemExit: no markers.
-    """
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise SystemExit(f"the page has no {begin} ... {end}; add both, each on a line of its own")
-    return f"{before}{begin}\n{text.strip()}\n{end}{after}"
 
 
 def main() -> int:

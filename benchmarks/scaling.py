@@ -33,17 +33,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 from flax import nnx
 from report import Machine
 from scaling_table import FAMILIES, Record, goals, table
+from timing import filled
 
 from gshardx.cli import read_config
 from gshardx.config import Config
 from gshardx.models.decoder import Decoder
 from gshardx.sharding import MeshConfig
+from gshardx.sharding.chips import CHIPS
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {8: "2x2x2", 32: "2x4x4", 128: "4x4x8", 512: "8x8x8", 2048: "8x16x16"}
 """Of v5p, by the number of chips."""
-HBM = 95e9
-"""Bytes of a v5p chip (Google's data sheet)."""
 STATE = 16
 """Bytes that training keeps of a parameter: itself, its gradient and AdamW's two moments, all fp32."""
 FSDP_AT_MOST = 64
@@ -55,7 +55,6 @@ FACTS = (
     "compile_seconds", "hlo_instructions", "program_bytes", "predicted_step_seconds", "tokens_per_second", "mfu_bound",
 )  # fmt: skip
 """Of the planner's JSON, what a record keeps as it is."""
-BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 
 
 class Case(NamedTuple):
@@ -102,7 +101,7 @@ def widest_mesh(experts: int, in_experts: int, others: int, width: int, chips: i
         fsdp = math.gcd(chips // expert, width, FSDP_AT_MOST)
         state = STATE * (in_experts / (expert * fsdp) + others / fsdp)
         meshes.append((state, MeshConfig(data=chips // expert // fsdp, fsdp=fsdp, expert=expert)))
-    roomy = [mesh for state, mesh in meshes if state <= HBM / 2]
+    roomy = [mesh for state, mesh in meshes if state <= CHIPS["v5p"].hbm_bytes / 2]
     return roomy[-1] if roomy else min(meshes, key=lambda pair: pair[0])[1]
 
 
@@ -215,29 +214,21 @@ def lines(records: list[Record]) -> Iterator[str]:
     yield "; ".join(dict.fromkeys(record["versions"] for record in records)) + "."
 
 
-def filled(page: str, text: str) -> str:
-    """``page`` with ``text`` between its markers.
-
-    Raises:
-        SystemExit: no markers.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the page has no {BEGIN} ... {END}; add both, each on a line of its own")
-    return f"{before}{BEGIN}\n{text.strip()}\n{END}{after}"
-
-
 def chosen(args: argparse.Namespace) -> list[Case]:
     if args.quick:
         return [Case("gshard/12l_128e", 8), Case("gshard/12l_128e", 32)]
-    files = [file for family in FAMILIES for file in (ROOT / "configs" / family).glob("*.yaml")]
-    sizes = {file.stem: f"{file.parent.name}/{file.stem}" for file in sorted(files, key=by_size)}
+    known = configs()
     for name in args.configs or ():
-        if name not in sizes:
-            raise SystemExit(f"no config {name}; there are {', '.join(sizes)}")
-    names = [sizes[name] for name in args.configs or sizes]
+        if name not in known:
+            raise SystemExit(f"no config {name}; there are {', '.join(known)}")
+    names = [known[name] for name in args.configs or known]
     return [Case(name, chips) for name in names for chips in sorted(args.chips)]
+
+
+def configs() -> dict[str, str]:
+    """Those of a case, by the name of their file, smallest first."""
+    files = [file for family in FAMILIES for file in (ROOT / "configs" / family).glob("*.yaml")]
+    return {file.stem: f"{file.parent.name}/{file.stem}" for file in sorted(files, key=by_size)}
 
 
 def by_size(file: Path) -> tuple[int, int, int]:
@@ -255,7 +246,7 @@ def main() -> int:
         "--out", type=Path, metavar="FILE", help="JSON lines, one a case; those in it are not run again"
     )
     parser.add_argument("--recorded", action="store_true", help="tell what --out FILE holds; run nothing")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help=f"also between {BEGIN} and {END} in PAGE")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="also between the markers in PAGE")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a case is stopped")
     args = parser.parse_args()
     page = args.write.read_text() if args.write else None
@@ -267,7 +258,7 @@ def main() -> int:
     text = "\n".join(lines(records))
     print(text, flush=True)
     if page is not None:
-        args.write.write_text(filled(page, text))
+        args.write.write_text(filled(page, "scaling", text))
     return int(any(record["error"] for record in records))
 
 

@@ -1,4 +1,6 @@
-"""Timing in turns, and the Markdown tables and goals that benchmarks print. Needs no framework but JAX's wait."""
+"""Timing in turns, and the Markdown tables and goals that benchmarks print, or write into a page.
+
+Needs no framework but JAX's wait."""
 
 import math
 import statistics
@@ -78,3 +80,17 @@ def goal(what: str, value: float, limit: float, *, at_least: bool = False, unit:
     reached = value >= limit if at_least else value <= limit
     bound = "at least" if at_least else "at most"
     return f"goal: {what} {bound} {limit:g}{unit}; it is {cell(value)}{unit}: {'reached' if reached else 'missed'}"
+
+
+def filled(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` between its markers of ``name``.
+
+    Raises:
+        SystemExit: no markers.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"the page has no {begin} ... {end}; add both, each on a line of its own")
+    return f"{before}{begin}\n{text.strip()}\n{end}{after}"

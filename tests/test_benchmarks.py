@@ -185,12 +185,12 @@ def test_a_case_that_takes_too_long_is_stopped(scaling, monkeypatch):
 
 def test_the_tables_go_between_the_page_s_markers(scaling):
     page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text()
-    once = scaling.filled(page, "first\n")
-    assert scaling.filled(once, "second\n") == once.replace("first", "second")
-    before, after = page.split(scaling.BEGIN)[0], page.split(scaling.END)[1]
-    assert once == f"{before}{scaling.BEGIN}\nfirst\n{scaling.END}{after}"
+    once = scaling.filled(page, "scaling", "first\n")
+    assert scaling.filled(once, "scaling", "second\n") == once.replace("\nfirst\n", "\nsecond\n")
+    begin, end = "<!-- scaling:begin -->", "<!-- scaling:end -->"
+    assert once == f"{page.split(begin)[0]}{begin}\nfirst\n{end}{page.split(end)[1]}"
     with pytest.raises(SystemExit, match="no <!-- scaling:begin -->"):
-        scaling.filled("no markers", "first")
+        scaling.filled("no markers", "scaling", "first")
 
 
 def test_meshes_of_the_study(scaling):

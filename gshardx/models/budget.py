@@ -10,8 +10,9 @@ exchanges), and *sum* over parameters. Each operation's bytes are those that one
 - **Parameters** that live on ``fsdp`` are gathered over it, once in a forward pass, at most twice in a training step:
   sum of their bytes on this device. Those that only the optimizer splits (ZeRO 1 and 2) are gathered once, after the
   update.
-- **Gradients** are reduced over the axes that split the batch and not the parameter, all at once or axis by axis: for
-  any subset of these axes, at most the sum of the parameter's bytes, whole over ``fsdp``.
+- **Gradients** are reduced over the axes that split the batch and not the parameter, all at once or axis by axis. Each
+  crosses each of these axes once: of all reductions over any axes that include one, together, at most the sum of the
+  parameter's bytes, whole over ``fsdp``.
 - **Activations** over ``tensor``: see :func:`_activations`.
 - **Logits** are gathered over ``tensor`` in inference, once: ``b v / tensor`` floats.
 - **Statistics**: some vectors over experts in each MoE layer, and some scalars a parameter (:func:`_small`).
@@ -33,6 +34,7 @@ from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.routing import LinearRouter
 from gshardx.models.build import Blueprint, Params
 from gshardx.sharding import Allowance, Budget, bytes_per_device
+from gshardx.sharding.collectives import REDUCTIONS
 
 Step = Literal["train", "forward", "prefill", "decode"]
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -87,9 +89,10 @@ def step_budget(
         allowances += _gathers(plan, sizes, split)
     if "tensor" in wide:
         allowances += _activations(plan, moe, sizes, mesh.shape["tensor"], small)
-    if sizes.backward:
-        allowances += _reductions(plan.params, [axis for axis in BATCH_AXES if axis in wide], small)
-    return Budget(tuple(allowances), small)
+    crossed = [axis for axis in BATCH_AXES if axis in wide and sizes.backward]
+    # Statistics and norms go with the gradients.
+    reduced = {axis: _reduced(plan.params, axis) + small for axis in crossed}
+    return Budget((*allowances, *_reductions(crossed)), small, reduced)
 
 
 def _sizes(plan: Blueprint, mesh: Mesh, moe: MoE, step: Step, rows: int, tokens: int) -> _Sizes:
@@ -169,16 +172,20 @@ def _gathers(plan: Blueprint, z: _Sizes, split: Params | None) -> list[Allowance
     return [Allowance("all-gather", ("fsdp",), count, sent)]
 
 
-def _reductions(params: Params, wide: list[str], small: int) -> Iterator[Allowance]:
-    """Over every subset of the axes that split the batch; statistics and norms go with them."""
+def _reductions(wide: list[str]) -> Iterator[Allowance]:
+    """Over every subset of the axes that split the batch; :func:`_reduced` says how much."""
     for size in range(1, len(wide) + 1):
         for axes in itertools.combinations(wide, size):
-            reduced = [p for p in jax.tree.leaves(params) if not (_axes(p) - {"fsdp"}) & set(axes)]
-            most = sum(
-                bytes_per_device(p) * (p.sharding.mesh.shape["fsdp"] if "fsdp" in _axes(p) else 1) for p in reduced
-            )
-            yield Allowance("all-reduce", axes, bytes_per_device=most + small)
-            yield Allowance("reduce-scatter", axes, bytes_per_device=most)
+            yield from (Allowance(op, axes) for op in REDUCTIONS)
+
+
+def _reduced(params: Params, axis: str) -> int:
+    """Bytes of the gradients that cross ``axis``: of the parameters that it does not split, or that it gathers."""
+    return sum(
+        bytes_per_device(p) * (p.sharding.mesh.shape["fsdp"] if "fsdp" in _axes(p) else 1)
+        for p in jax.tree.leaves(params)
+        if axis not in _axes(p) - {"fsdp"}
+    )
 
 
 def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) -> list[Allowance]:

@@ -9,6 +9,7 @@ one device. Names follow GShard (arXiv 2006.16668 section 3.1). What is annotate
 - a ``jax.ShapeDtypeStruct``: the one returned has the sharding.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -95,14 +96,14 @@ def shard(
     return _annotated(x, entries, rules, uneven, name)
 
 
-def reshard(x: Array, from_: str, to: str, rules: Rules = RULES) -> Array:
+def reshard(x: Array, from_: str, to: str, rules: Rules = RULES, *, name: str = "array") -> Array:
     """Move ``x`` from one layout to another, in the forward pass and, mirrored, in the backward pass.
 
     A single constraint fixes only one side of the boundary, and the partitioner then gathers in the backward pass
     (tests/sharding/test_annotate.py counts it). With both sides fixed the transpose has both too, and group-split <->
-    expert-split is an all-to-all in both directions and nothing else.
+    expert-split is an all-to-all in both directions and nothing else. ``name`` is what errors call ``x``.
     """
-    return shard(shard(x, from_, rules), to, rules)
+    return shard(shard(x, from_, rules, name=name), to, rules, name=name)
 
 
 def manual(
@@ -128,7 +129,7 @@ def manual(
         check_vma: let shard_map check what differs between devices; kernels written in Pallas do not say.
 
     Raises:
-        BadInput: the mesh lacks one of ``axes``, or a name has no rule.
+        BadInput: the mesh lacks one of ``axes``, or a name has no rule; when called, an argument that does not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -141,9 +142,30 @@ def manual(
             )
     ins = tuple(unchecked_spec(names.split(), mesh, rules, axes) for names in in_axes)
     out = unchecked_spec(out_axes.split(), mesh, rules, axes)
-    return jax.shard_map(
+    on_each = jax.shard_map(
         function, in_specs=ins, out_specs=out, axis_names=frozenset(axes or mesh.axis_names), check_vma=check_vma
     )
+
+    def checked(*arguments: Any) -> Any:
+        for number, (argument, names, spec) in enumerate(zip(arguments, in_axes, ins, strict=False), 1):
+            for leaf in jax.tree.leaves(argument):
+                _check_shares(np.shape(leaf), names, spec, mesh, f"argument {number} of manual")
+        return on_each(*arguments)
+
+    return checked
+
+
+def _check_shares(shape: tuple[int, ...], names: str, spec: PartitionSpec, mesh: AbstractMesh, name: str) -> None:
+    """Raise BadInput where devices can't have equal shares."""
+    labels = names.split()
+    for label, size, axes in zip(labels, shape, entries_of(spec, len(labels)), strict=False):
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            more = -(-size // parts) * parts
+            over = f"{label} = {size} does not divide over mesh axis {'*'.join(axes)} = {parts}"
+            raise BadInput(
+                f"{name} {list(shape)} ({names}): {over}; pad it to {more}, or give it a name that lives elsewhere"
+            )
 
 
 def axis_size(axis: str) -> int:

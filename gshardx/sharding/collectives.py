@@ -26,6 +26,7 @@ OPS = (
     "collective-permute",
     "collective-broadcast",
 )
+REDUCTIONS = ("all-reduce", "reduce-scatter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +179,13 @@ class Budget:
         allowances: at most one for the same operation and axes.
         small: bytes of a device, all such collectives together, below which reductions (all-reduce) over any axes need
             no allowance: losses, counts and statistics.
+        reduced: bytes of a device in all reductions (all-reduce, reduce-scatter) that cross an axis, together, by axis.
+            The partitioner may reduce over an axis alone or with others at once; what it does twice shows only here.
     """
 
     allowances: tuple[Allowance, ...] = ()
     small: int = 0
+    reduced: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kinds = [(one.op, one.axes) for one in self.allowances]
@@ -203,6 +207,11 @@ class Budget:
                 lines.append(f"{_told(one)}: the budget allows none")
         for key, allowance in allowed.items():
             lines += _against(allowance, sent.get(key, Collective(allowance.op, allowance.axes, 0, 0)))
+        for axis, most in self.reduced.items():
+            crossing = [one for one in found if axis in one.axes and one.op in REDUCTIONS]
+            if sum(one.bytes_per_device for one in crossing) > most:
+                parts = " and ".join(_told(one) for one in crossing)
+                lines.append(f"{parts}: the budget allows {most:,} bytes of all that is reduced across {axis}")
         return lines
 
 

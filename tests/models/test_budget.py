@@ -100,9 +100,21 @@ def test_zero_stages_1_and_2_gather_what_the_optimizer_updated():
 
 def test_gradients_of_experts_are_not_reduced_over_expert():
     """Over data all parameters' are; over expert all but the experts' [2, 8, 16, 8] x 3, a half on each device."""
-    found = budget("train", MeshConfig(data=4, expert=2))
-    everything, dense = (allowance(found, "all-reduce", axis).bytes_per_device for axis in ("data", "expert"))
-    assert everything - dense == 3 * MOE_LAYERS * EXPERTS * WIDTH * 8 * 4 // 2
+    reduced = budget("train", MeshConfig(data=4, expert=2)).reduced
+    assert reduced["data"] - reduced["expert"] == 3 * MOE_LAYERS * EXPERTS * WIDTH * 8 * 4 // 2
+
+
+def test_gradients_cross_fsdp_whole():
+    mesh = MeshConfig(fsdp=4, expert=2)
+    found = budget("train", mesh)
+    split, rest = (parameter_bytes(mesh, on_fsdp=on_fsdp) for on_fsdp in (True, False))
+    assert found.reduced["fsdp"] - found.small == 4 * split + rest
+
+
+def test_only_training_reduces_gradients():
+    mesh = MeshConfig(data=4, expert=2)
+    assert list(budget("train", mesh).reduced) == ["data", "expert"]
+    assert [budget(step, mesh, 1).reduced for step in ("forward", "prefill", "decode")] == [{}, {}, {}]
 
 
 def test_inference_gathers_its_logits_over_tensor_once():

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
@@ -15,8 +16,9 @@ from gshardx.errors import BadInput
 from gshardx.layers import KVCache
 from gshardx.models.budget import step_budget
 from gshardx.models.generator import compile_decode, compile_prefill
-from gshardx.sharding import RULES, CompiledStep, MeshConfig, abstract_array, build_mesh, shard, totals
+from gshardx.sharding import RULES, CompiledStep, MeshConfig, abstract_array, build_mesh, manual, shard, totals
 from gshardx.train.job import Job
+from gshardx.train.optimizer import build_optimizer
 from tests.models.test_decoder import LENGTH, ROWS, VOCAB, model
 
 CHUNK = 8
@@ -217,6 +219,30 @@ def test_top_k_across_a_sharded_axis_is_caught(monkeypatch):
     monkeypatch.setattr("gshardx.layers.routing.gshard.top_k", lambda scores, k: jax.lax.top_k(scores, k)[1])
     lines = breaches("forward", model(), MeshConfig(expert=8))
     assert any("all-gather over expert" in line and "/gate/" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "again", [pytest.param("expert", marks=pytest.mark.slow), pytest.param("data", marks=pytest.mark.sweep)]
+)
+def test_gradients_reduced_twice_are_caught(monkeypatch, again):
+    """A ``pmean`` over gradients that the partitioner has reduced. It goes over one axis and the first reduction over
+    both, so that no kind of reduction alone is more than all gradients come to."""
+
+    def build(config, steps, axes):
+        def averaged(gradients, _=None):
+            mean = manual(lambda x: jax.lax.pmean(x, again), [""], "", check_vma=False)
+            return jax.tree.map(lambda names, x: x if "expert" in names else mean(x), axes, gradients, is_leaf=is_names)
+
+        return optax.chain(optax.stateless(averaged), build_optimizer(config, steps, axes))
+
+    monkeypatch.setattr("gshardx.train.job.build_optimizer", build)
+    (line,) = breaches("train", model(), MeshConfig(data=2, expert=4))
+    assert f"of all that is reduced across {again}" in line
+    assert line.count("all-reduce over") > 1
+
+
+def is_names(leaf):
+    return isinstance(leaf, tuple)
 
 
 def test_a_router_kernel_left_to_the_partitioner_is_caught(monkeypatch):

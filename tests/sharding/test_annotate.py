@@ -325,3 +325,27 @@ def test_inside_manual_names_mean_the_share_and_its_axes_are_taken():
 def test_manual_names_what_it_does_not_know(names, axes, message):
     with jax.set_mesh(CUBE), pytest.raises(BadInput, match=message):
         manual(lambda x: x, [names], "model", axes=axes)
+
+
+def test_manual_names_the_argument_that_does_not_divide():
+    halves = manual_in(CUBE, lambda pair, x: x, ["", "batch model"], "batch")
+    assert halves({}, jnp.ones((8, 3))).shape == (8, 3)
+    where, why = r"argument 2 of manual \[6, 3\] \(batch model\)", r"batch = 6 does not divide over .* data\*expert = 4"
+    with pytest.raises(BadInput, match=f"{where}: {why}; pad it to 8"):
+        halves({}, jnp.ones((6, 3)))
+    of_pair = manual_in(CUBE, lambda pair: pair, ["batch"], "batch")
+    with pytest.raises(BadInput, match=r"argument 1 of manual \[2\]"):
+        of_pair({"a": jnp.ones(4), "b": jnp.ones(2)})
+
+
+def manual_in(mesh, *args):
+    def call(*arguments):
+        with jax.set_mesh(mesh):
+            return jax.jit(lambda *inside: manual(*args)(*inside))(*arguments)
+
+    return call
+
+
+def test_a_boundary_names_its_array():
+    with jax.set_mesh(EIGHT), pytest.raises(BadInput, match=r"slots \[8, 6, 2, 3\]"):
+        jax.jit(lambda x: reshard(x, HOME, AWAY, name="slots"))(jnp.ones((8, 6, 2, 3)))

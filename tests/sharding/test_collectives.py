@@ -256,6 +256,18 @@ def test_small_reductions_share_one_allowance():
     assert Budget((only,), small=6).breaches(reductions) == []  # named ones are not small ones
 
 
+def test_what_is_reduced_across_an_axis_is_added_up_over_every_kind():
+    found = [Collective("all-reduce", ("data",), 1, 4), Collective("reduce-scatter", ("data", "expert"), 1, 6)]
+    kinds = tuple(Allowance(one.op, one.axes) for one in found)
+    assert Budget(kinds, reduced={"data": 10, "expert": 6, "fsdp": 0}).breaches(found) == []
+    (line,) = Budget(kinds, reduced={"data": 9, "expert": 6}).breaches([_with_source(found[0]), found[1]])
+    assert "the budget allows 9 bytes of all that is reduced across data" in line
+    assert "1 reduce-scatter over data*expert, 6 bytes a device and 1 all-reduce over data, 4 bytes" in line
+    assert "(layers/moe.py:3 jit(f)/gate)" in line
+    gathered = Collective("all-gather", ("data",), 1, 100)
+    assert Budget((*kinds, Allowance("all-gather", ("data",))), reduced={"data": 10}).breaches([*found, gathered]) == []
+
+
 def test_an_allowance_without_numbers_allows_any_amount():
     assert Budget((Allowance("all-to-all", ("expert",)),)).breaches([SENT(10**6, 10**12)]) == []
 
