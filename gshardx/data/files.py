@@ -3,6 +3,7 @@
 import bz2
 import glob
 import gzip
+import hashlib
 import io
 import lzma
 import re
@@ -73,6 +74,19 @@ def open_bytes(file: Path, advance: Callable[[int], None]) -> IO[bytes]:
         return cast(IO[bytes], io.BufferedReader(_Readable(pa.CompressedInputStream(raw, "zstd"))))
     openers: dict[str, Callable[[IO[bytes]], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return cast(IO[bytes], openers[compression](raw)) if compression else raw
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256.
+
+    Raises:
+        BadInput: it can't be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInput(f"{file}: can't be read ({error.strerror})") from error
 
 
 class _Counted(io.FileIO):

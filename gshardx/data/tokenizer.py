@@ -129,15 +129,7 @@ def _trained(vocab_size: int, texts: list[str]) -> Tokenizer:
             return load_tokenizer(cached)
         except BadInput:  # a damaged cache entry is made again
             cached.unlink()
-    inner = _byte_level({})
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(texts, trainer)
-    tokenizer = Tokenizer(inner, "bpe")
+    tokenizer = train_bpe(vocab_size, texts)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         scratch = cached.with_suffix(f".{os.getpid()}")
@@ -146,6 +138,19 @@ def _trained(vocab_size: int, texts: list[str]) -> Tokenizer:
     except OSError:
         pass  # a cache that can't be written costs only time
     return tokenizer
+
+
+def train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE of at most ``vocab_size`` tokens, the same each time."""
+    inner = _byte_level({})
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner, "bpe")
 
 
 def cache_dir() -> Path:
