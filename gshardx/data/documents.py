@@ -1,113 +1,138 @@
-"""Text from files: .txt, .jsonl and .parquet, one file, a folder or a glob."""
+"""Text from files: .txt, .jsonl, .parquet and .arrayrecord, compressed or not, one document at a time."""
 
-import glob
-import hashlib
+import dataclasses
 import json
-from importlib import resources
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from gshardx.data.faults import Faults
+from gshardx.data.files import SUFFIXES, find_files, kind_of, open_bytes
 from gshardx.errors import BadInput
 
-PACKAGED = {"shakespeare": "shakespeare.jsonl"}
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_PIECE = 64 * 1024
 """A .txt file longer than this many characters is cut at line ends into several documents, so that it can be split."""
+_BATCH = 256
+"""Records of a Parquet or ArrayRecord file that are read at once."""
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What readers raise for files that can't be opened or decompressed."""
 
 
-def read_documents(path: str, column: str) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How files are read.
+
+    Args:
+        column: the JSONL field or Parquet column that holds the text.
+        faults: meets what is broken.
+        advance: hears of bytes read, for a progress bar.
+    """
+
+    column: str = "text"
+    faults: Faults = dataclasses.field(default_factory=Faults)
+    advance: Callable[[int], None] = lambda count: None
+
+
+def read_documents(path: str, column: str, faults: Faults | None = None, where: str = "data.path =") -> list[str]:
     """Every non-empty document below ``path``, files in name order.
 
     Args:
-        path: a file, a folder (searched recursively), a glob, or the name of a packaged corpus.
+        path: see :func:`find_files`.
         column: the JSONL field or Parquet column that holds the text.
+        faults: meets what is broken; by default the first is raised.
+        where: the key that named the path, for errors.
 
     Raises:
-        BadInput: nothing found, nothing in it, or a file that can't be read; names the file and line.
+        BadInput: nothing found, nothing in it, or something broken; names the file and the place in it.
     """
-    documents = [text for file in _files(path) for text in _read(file, column) if text.strip()]
+    reading = Reading(column, faults or Faults())
+    documents = list(documents_in(find_files(path, reading.faults, where), reading))
     if not documents:
-        raise BadInput(f"data.path = {path}: no text in it; give files with at least one non-empty document")
+        broken = f" ({reading.faults.summary})" if reading.faults.count else ""
+        raise BadInput(f"{where} {path}: no text in it; give files with at least one non-empty document{broken}")
     return documents
 
 
-def split_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
-    """Training and held-out documents. Those with the smallest SHA-256 are held out, so order plays no part.
+def documents_in(files: Iterable[Path], reading: Reading) -> Iterator[str]:
+    """The non-empty documents of ``files``, one after the other.
 
     Raises:
-        BadInput: fewer than two different documents.
+        BadInput: as ``reading.faults`` has it.
     """
-    digest = {text: hashlib.sha256(text.encode()).hexdigest() for text in documents}
-    if len(digest) < 2:
-        raise BadInput("data: one document can't be split into training and held-out text; give at least two")
-    count = min(max(1, round(validation_fraction * len(digest))), len(digest) - 1)
-    held_out = set(sorted(digest, key=digest.__getitem__)[:count])
-    return [d for d in documents if d not in held_out], [d for d in digest if d in held_out]
+    readers = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet, ".arrayrecord": _array_record}
+    for file in files:
+        kind = kind_of(file)[0]
+        if not kind:
+            raise BadInput(f"{file}: unknown kind of file; use {', '.join(SUFFIXES)}")
+        try:
+            yield from (text for text in readers[kind](file, reading) if text.strip())
+        except _DAMAGE as error:
+            reading.faults.met(f"{file}: can't be read ({getattr(error, 'strerror', None) or error})", error)
 
 
-def _files(path: str) -> list[Path]:
-    if path in PACKAGED:
-        return [Path(str(resources.files("gshardx.data") / "corpus" / PACKAGED[path]))]
-    place = Path(path)
-    try:
-        if place.is_dir():
-            found = [file for file in place.rglob("*") if file.suffix in SUFFIXES]
-        elif place.exists():
-            found = [place]
+def _text(file: Path, reading: Reading) -> Iterator[str]:
+    lines: list[str] = []
+    size, broken = 0, ""
+    for offset, _, line in _lines(file, reading):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError as error:
+            broken = broken or f"{file}: byte {offset + error.start} is not UTF-8; convert the file to UTF-8"
+            lines.append(line.decode(errors="replace"))
+        size += len(lines[-1])
+        if size >= TEXT_PIECE:
+            yield from _unless(broken, "".join(lines), reading.faults)
+            lines, size, broken = [], 0, ""
+    yield from _unless(broken, "".join(lines), reading.faults)
+
+
+def _unless(broken: str, text: str, faults: Faults) -> Iterator[str]:
+    if broken:
+        faults.met(broken)
+    else:
+        yield text
+
+
+def _lines(file: Path, reading: Reading) -> Iterator[tuple[int, int, bytes]]:
+    """Offset (in the decompressed file), number from 1, and bytes of each line."""
+    offset = 0
+    with open_bytes(file, reading.advance) as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                yield offset, number, line
+                offset += len(line)
+        except _DAMAGE as error:
+            raise OSError(f"damaged after byte {offset:,} of its content: {error}") from error
+
+
+def _jsonl(file: Path, reading: Reading) -> Iterator[str]:
+    for offset, number, line in _lines(file, reading):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number} (byte {offset})"
+        try:
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            reading.faults.met(f"{where}: byte {error.start} of the line is not UTF-8", error)
+        except json.JSONDecodeError as error:
+            reading.faults.met(f"{where}: not JSON ({error.msg} at column {error.colno})", error)
+        except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+            reading.faults.met(f"{where}: JSON that can't be read ({error})", error)
         else:
-            found = [Path(match) for match in glob.glob(path, recursive=True)]
-    except OSError as error:  # too long a name, or a folder that may not be entered
-        raise BadInput(f"data.path = {path}: no such file ({error.strerror})") from error
-    if not found:
-        raise BadInput(f"data.path = {path}: no such file, nor a glob or folder with {', '.join(SUFFIXES)} files in it")
-    return sorted(found)
+            yield from _field(record, where, reading)
 
 
-def _read(file: Path, column: str) -> list[str]:
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if file.suffix not in readers:
-        raise BadInput(f"{file}: unknown kind of file; use {', '.join(SUFFIXES)}")
-    try:
-        return readers[file.suffix](file, column)
-    except OSError as error:
-        raise BadInput(f"{file}: can't be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
-
-
-def _read_text(file: Path, column: str) -> list[str]:
-    with file.open(encoding="utf-8", newline="") as stream:
-        text = stream.read()
-    pieces, start = [], 0
-    while start < len(text):
-        cut = text.find("\n", start + TEXT_PIECE - 1) + 1 or len(text)
-        pieces.append(text[start:cut])
-        start = cut
-    return pieces
-
-
-def _read_jsonl(file: Path, column: str) -> list[str]:
-    texts = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise BadInput(f"{file}, line {number}: byte {error.start} of the line is not UTF-8") from error
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{file}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
-            except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-                raise BadInput(f"{file}, line {number}: JSON that can't be read ({error})") from error
-            if not isinstance(record, dict) or not isinstance(record.get(column), str):
-                fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise BadInput(
-                    f"{file}, line {number}: no text in field {column!r} (it has: {fields}); set data.column"
-                )
-            if _is_broken(record[column]):
-                raise BadInput(f"{file}, line {number}: half of a surrogate pair; write the character or its pair")
-            texts.append(record[column])
-    return texts
+def _field(record: Any, where: str, reading: Reading) -> Iterator[str]:
+    text = record.get(reading.column) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        reading.faults.met(f"{where}: no text in field {reading.column!r} (it has: {fields}); set data.column")
+    elif _is_broken(text):
+        reading.faults.met(f"{where}: half of a surrogate pair; write the character or its pair")
+    else:
+        yield text
 
 
 def _is_broken(text: str) -> bool:
@@ -119,17 +144,42 @@ def _is_broken(text: str) -> bool:
     return False
 
 
-def _read_parquet(file: Path, column: str) -> list[str]:
+def _parquet(file: Path, reading: Reading) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    column, faults, row = reading.column, reading.faults, 0
     try:
-        schema = pq.read_schema(file)
-        if column not in schema.names:
-            raise BadInput(f"{file}: no column {column!r} (it has: {', '.join(schema.names)}); set data.column")
-        values = pq.read_table(file, columns=[column])[column].to_pylist()
-    except pa.ArrowInvalid as error:
-        raise BadInput(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
-    if not all(value is None or isinstance(value, str) for value in values):
-        raise BadInput(f"{file}: column {column!r} holds {schema.field(column).type}, not text; set data.column")
-    return [value for value in values if value]
+        table = pq.ParquetFile(file)
+        if column not in table.schema_arrow.names:
+            names = ", ".join(table.schema_arrow.names)
+            return faults.met(f"{file}: no column {column!r} (it has: {names}); set data.column")
+        for batch in table.iter_batches(_BATCH, columns=[column]):
+            values = batch.column(0).to_pylist()
+            if not all(value is None or isinstance(value, str) for value in values):
+                kind = table.schema_arrow.field(column).type
+                return faults.met(f"{file}: column {column!r} holds {kind}, not text; set data.column")
+            yield from (value for value in values if value)
+            row += len(values)
+    except (pa.ArrowInvalid, pa.ArrowException, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        return faults.met(f"{file}: not a readable Parquet file after row {row:,} ({reason})", error)
+    reading.advance(file.stat().st_size)
+    return None
+
+
+def _array_record(file: Path, reading: Reading) -> Iterator[str]:
+    """Records that are UTF-8 text. Shards of tokens are read by gshardx/data/records.py."""
+    from gshardx.data.records import INDEX, open_records, read_record
+
+    if (file.parent / INDEX).exists():
+        raise BadInput(f"{file}: a shard of tokens, not of text; give the folder {file.parent}")
+    reader = open_records(file)
+    for number in range(reader.num_records()):
+        where = f"{file}, record {number}"
+        data = read_record(reader, number, where, reading.faults)
+        try:
+            yield "" if data is None else data.decode()
+        except UnicodeDecodeError as error:
+            reading.faults.met(f"{where}: byte {error.start} is not UTF-8", error)
+    reading.advance(file.stat().st_size)

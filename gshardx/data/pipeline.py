@@ -1,73 +1,238 @@
-"""Token batches: documents cut into sequences, shuffled, packed, batched (Grain)."""
+"""Token batches: blocks of packed rows, cut into batches of which each process fills its own rows."""
 
-from collections.abc import Iterator
-from typing import Any
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
+from gshardx.data.blocks import Block, Blocks
+from gshardx.data.corpora import runs
+from gshardx.data.faults import Faults, Policy
 from gshardx.errors import BadInput
 
 Rows = dict[str, np.ndarray]
 """Arrays ``[b, t]``: int32 ``tokens``, ``targets`` (the next tokens), ``segments`` (a number a document within the row,
-0 for padding) and ``positions`` (place in the document); float32 ``weights``, 1.0 where the target counts, else 0.0."""
+0 for padding) and ``positions`` (place in the document, from where the row has it); float32 ``weights``, 1.0 where the
+target counts, else 0.0."""
+_INTEGERS = ("tokens", "targets", "segments", "positions")
 
 
-def cut(documents: list[np.ndarray], sequence_length: int) -> list[np.ndarray]:
-    """Pieces of at most ``sequence_length + 1`` tokens.
+class Place(NamedTuple):
+    """The next row: the state of every iterator over rows, whatever the number of processes and workers."""
 
-    Neighbours share one token, the last of one and the first of the next, so that every token but a document's first is
-    predicted exactly once.
+    epoch: int = 0
+    block: int = 0
+    row: int = 0
 
-    Raises:
-        BadInput: all documents together do not fill one sequence.
+
+class RowDataset(grain.IterDataset[dict[str, np.ndarray]]):
+    """Endless batches, as Grain wants them for its worker processes.
+
+    Elements are Rows of this process's rows, and beside them ``place``: the Place after the batch and the number of
+    broken spans in it.
+
+    Args:
+        blocks: all rows of all processes.
+        sequence_length: columns.
+        batch: rows of a batch, over all processes.
+        mine: those of them to fill, ascending.
+        on_error: what to do about records that can't be read.
     """
-    tokens = sum(len(ids) for ids in documents)
-    if tokens < sequence_length + 1:
-        raise BadInput(
-            f"data: the training text has {tokens} tokens, less than one sequence of {sequence_length} and its next "
-            f"token; give more text or use data.sequence_length = {max(tokens - 1, 1)}"
-        )
-    return [
-        ids[start : start + sequence_length + 1]
-        for ids in documents
-        for start in range(0, len(ids) - 1, sequence_length)
-    ]
+
+    def __init__(
+        self, blocks: Blocks, sequence_length: int, batch: int, mine: Int[np.ndarray, "rows"], on_error: Policy
+    ) -> None:
+        super().__init__()
+        self.blocks, self.sequence_length, self.batch, self.on_error = blocks, sequence_length, batch, on_error
+        self.mine = mine
+        self.start = Place()
+        self.slice = slice(0, None, 1)
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """Called by Grain in a worker: give only every so-manieth batch."""
+        self.slice = sl
+
+    def starting(self, place: Place) -> "RowDataset":
+        other = copy.copy(self)
+        other.start = place
+        return other
+
+    def __iter__(self) -> "RowIterator":
+        return RowIterator(self)
+
+    def __str__(self) -> str:
+        return "RowDataset"
 
 
-def _packed(pieces: grain.IterDataset, sequence_length: int, rows: int, seed: int) -> grain.IterDataset:
-    packed = grain.experimental.FirstFitPackIterDataset(
-        pieces, length_struct={"tokens": sequence_length + 1}, num_packing_bins=rows, seed=seed, shuffle_bins=False
-    )
-    return packed.batch(rows, drop_remainder=True).map(_with_targets)
+class RowIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
+    """See :class:`RowDataset`."""
+
+    def __init__(self, dataset: RowDataset) -> None:
+        super().__init__()
+        self._of = dataset
+        self._walk = Walk(dataset.blocks, dataset.start)
+        self._walk.skip((dataset.slice.start or 0) * dataset.batch)
+        self._local = np.full(dataset.batch, -1)
+        self._local[dataset.mine] = np.arange(len(dataset.mine))
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        of, faults = self._of, Faults(self._of.on_error)
+        rows = empty_rows(len(of.mine), of.sequence_length)
+        done = 0
+        for block, first, count in self._walk.take(of.batch):
+            fill(rows, block, first, self._local[done : done + count], faults)
+            done += count
+        rows["weights"] = (rows["segments"] > 0).astype(np.float32)
+        rows["place"] = np.asarray([*self._walk.place, faults.count])
+        self._walk.skip(((of.slice.step or 1) - 1) * of.batch)
+        return rows
+
+    def get_state(self) -> dict[str, Any]:
+        return self._walk.place._asdict()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._walk = Walk(self._of.blocks, Place(**state))
 
 
-def _with_targets(packed: dict[str, np.ndarray]) -> Rows:
-    """Each token's target is its right neighbour, and counts if that belongs to the same document."""
-    tokens, segments = packed["tokens"], packed["tokens_segment_ids"]
-    here, after = segments[:, :-1], segments[:, 1:]
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segments": here,
-        "positions": packed["tokens_positions"][:, :-1],
-        "weights": ((here == after) & (here > 0)).astype(np.float32),
-    }
+class Walk:
+    """A Place that moves over blocks, and the block where it is."""
+
+    def __init__(self, blocks: Blocks, place: Place) -> None:
+        self._blocks, self.place = blocks, place
+        self._block: Block | None = None
+
+    def take(self, count: int) -> Iterator[tuple[Block, int, int]]:
+        """Pass over the next ``count`` rows: blocks, the first row in each, and how many of it."""
+        while count:
+            block = self._current()
+            here = min(count, block.rows - self.place.row)
+            yield block, self.place.row, here
+            self.place = self.place._replace(row=self.place.row + here)
+            count -= here
+
+    def skip(self, count: int) -> None:
+        for _ in self.take(count):
+            pass
+
+    def _current(self) -> Block:
+        """The block of the next row; it moves to the next block, or the next epoch, where one ends."""
+        if self._block is not None and self.place.row >= self._block.rows:
+            self.place, self._block = Place(self.place.epoch, self.place.block + 1), None
+        if self._block is None:
+            self._block = self._blocks.block(self.place.epoch, self.place.block)
+        if self._block is None:
+            self.place = Place(self.place.epoch + 1)
+            self._block = self._blocks.block(*self.place[:2])
+        if self._block is None:
+            raise BadInput("data: an epoch without a document; is the source empty?")
+        if self.place.row >= self._block.rows:
+            return self._current()
+        return self._block
 
 
-def training_rows(pieces: list[np.ndarray], sequence_length: int, rows: int, seed: int) -> grain.DatasetIterator[Rows]:
-    """Endless batches of ``rows`` packed rows, by the seed alone; resumable by ``get_state``/``set_state``."""
-    dataset = (
-        grain.MapDataset.source(_Pieces(pieces))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    )
-    return iter(_packed(dataset, sequence_length, rows, seed))
+def empty_rows(count: int, length: int) -> Rows:
+    return {name: np.zeros((count, length), np.int32) for name in _INTEGERS}
 
 
-def evaluation_rows(documents: list[np.ndarray], sequence_length: int, rows: int) -> Iterator[Rows]:
+def fill(rows: Rows, block: Block, first: int, local: Int[np.ndarray, "taken"], faults: Faults) -> None:
+    """Write the rows of ``block`` from ``first`` on into those of ``rows`` that ``local`` names, or nowhere at -1."""
+    low, high = np.searchsorted(block.row, [first, first + len(local)])
+    target = local[block.row[low:high] - first]
+    chosen = low + np.flatnonzero(target >= 0)
+    corpora = block.corpus[chosen]
+    for number in np.unique(corpora).tolist():
+        here = chosen[corpora == number]
+        size = block.spans.size[here]
+        read = block.corpora[number].read(block.spans.document[here], block.spans.start[here], size + 1, faults)
+        # A run of tokens is one longer than its pairs: inputs are all but its last, targets all but its first.
+        inputs = runs(np.cumsum(size + 1) - (size + 1), size)
+        column = block.column[here]
+        flat = runs(local[block.row[here] - first] * rows["tokens"].shape[1] + column, size)
+        good = np.repeat(~read.broken, size)
+        inputs, flat = inputs[good], flat[good]
+        rows["tokens"].reshape(-1)[flat] = read.ids[inputs]
+        rows["targets"].reshape(-1)[flat] = read.ids[inputs + 1]
+        rows["segments"].reshape(-1)[flat] = np.repeat(block.segment[here], size)[good]
+        rows["positions"].reshape(-1)[flat] = runs(np.zeros(len(size), np.int64), size)[good]
+
+
+class TrainingRows:
+    """Endless batches of this process's rows, by the seed alone; resumable by ``get_state`` and ``set_state``.
+
+    The state is a :class:`Place`: small integers that mean the same to any number of processes and workers.
+
+    Args:
+        dataset: the batches.
+        workers: processes that make them; 0: this one.
+        ahead: batches that each of them has ready.
+    """
+
+    def __init__(self, dataset: RowDataset, workers: int = 0, ahead: int = 1) -> None:
+        self._dataset, self._workers, self._ahead = dataset, workers, max(ahead, 1)
+        self._rows: grain.DatasetIterator[dict[str, np.ndarray]] | None = None
+        self.place = dataset.start
+        self.skipped = 0
+        """Broken records met since the start."""
+
+    def __iter__(self) -> "TrainingRows":
+        return self
+
+    def __next__(self) -> Rows:
+        if self._rows is None:
+            dataset: grain.IterDataset[dict[str, np.ndarray]] = self._dataset.starting(self.place)
+            if self._workers:
+                dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, self._ahead))
+            self._rows = iter(dataset)
+        rows = next(self._rows)
+        *place, skipped = rows.pop("place").tolist()
+        self.place = Place(*place)
+        self.skipped += skipped
+        return rows
+
+    def get_state(self) -> dict[str, int]:
+        """Of the batch given last."""
+        return self.place._asdict()
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on after the batch of which this was the state.
+
+        Raises:
+            BadInput: it is none.
+        """
+        try:
+            place = Place(**state)
+        except TypeError as error:
+            raise BadInput(
+                f"data: a position that this version can't read ({', '.join(state)}); start a new run"
+            ) from error
+        self.close()
+        self.place = place
+
+    def close(self) -> None:
+        """End the worker processes."""
+        rows, self._rows = self._rows, None
+        if rows is not None:
+            rows.close()
+
+
+def training_rows(
+    blocks: Blocks,
+    sequence_length: int,
+    batch: int,
+    mine: Sequence[int] | Int[np.ndarray, "rows"] | None = None,
+    *,
+    on_error: Policy = "fail",
+    workers: int = 0,
+) -> TrainingRows:
+    """Batches of ``batch`` rows, of which this process fills ``mine`` (default: all)."""
+    rows = np.arange(batch) if mine is None else np.asarray(mine)
+    return TrainingRows(RowDataset(blocks, sequence_length, batch, rows, on_error), workers)
+
+
+def evaluation_rows(documents: Sequence[np.ndarray], sequence_length: int, rows: int) -> Iterator[Rows]:
     """Batches that score every token of every document, but its first, exactly once.
 
     Windows of ``sequence_length`` advance by half of it, and each scores only what the one before did not: a token sees
@@ -96,19 +261,3 @@ def _windows(ids: np.ndarray, sequence_length: int) -> Iterator[tuple[np.ndarray
         yield window, scored_to - start
         scored_to = start + len(window) - 1
         start += max(sequence_length // 2, 1)
-
-
-class _Pieces:
-    """Random access over pieces, as Grain wants it."""
-
-    def __init__(self, pieces: list[np.ndarray]) -> None:
-        self.pieces = pieces
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"tokens": self.pieces[index]}
-
-    def __repr__(self) -> str:
-        return f"{len(self.pieces)} pieces"

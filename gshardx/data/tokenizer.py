@@ -13,6 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gshardx.errors import BadInput
 
 END = "<|endoftext|>"
+_AT_ONCE = 256
+"""Documents in a call of the library."""
 KNOWN_ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
@@ -37,6 +39,11 @@ class Tokenizer:
         return int(self.inner.get_vocab_size())
 
     @property
+    def dtype(self) -> type[np.uint16] | type[np.int32]:
+        """The smallest type for its ids."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+
+    @property
     def text(self) -> str:
         """The content of its tokenizer.json."""
         return str(self.inner.to_str())
@@ -49,10 +56,16 @@ class Tokenizer:
             raise BadInput(f"text {text[:40]!r}: not Unicode; give UTF-8") from error
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each document between two end tokens, so that its first token has something to follow."""
-        end = np.asarray([self.end], np.int32)
-        batch = self.inner.encode_batch(texts, add_special_tokens=False)
-        return [np.concatenate([end, np.asarray(one.ids, np.int32), end]) for one in batch]
+        """Ids of each document between two end tokens, so that its first token has something to follow.
+
+        uint16 where the vocabulary allows, else int32.
+        """
+        # A batch at a time: the library keeps some hundred bytes a token until its ids have been taken.
+        return [
+            np.asarray([self.end, *one.ids, self.end], self.dtype)
+            for first in range(0, len(texts), _AT_ONCE)
+            for one in self.inner.encode_batch(texts[first : first + _AT_ONCE], add_special_tokens=False)
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=True))
@@ -116,15 +129,7 @@ def _trained(vocab_size: int, texts: list[str]) -> Tokenizer:
             return load_tokenizer(cached)
         except BadInput:  # a damaged cache entry is made again
             cached.unlink()
-    inner = _byte_level({})
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(texts, trainer)
-    tokenizer = Tokenizer(inner, "bpe")
+    tokenizer = train_bpe(vocab_size, texts)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         scratch = cached.with_suffix(f".{os.getpid()}")
@@ -133,6 +138,19 @@ def _trained(vocab_size: int, texts: list[str]) -> Tokenizer:
     except OSError:
         pass  # a cache that can't be written costs only time
     return tokenizer
+
+
+def train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE of at most ``vocab_size`` tokens, the same each time."""
+    inner = _byte_level({})
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner, "bpe")
 
 
 def cache_dir() -> Path:

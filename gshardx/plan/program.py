@@ -13,7 +13,8 @@ from typing import Any, get_args
 import jax
 from jax.sharding import Mesh
 
-from gshardx.config import Config, DataConfig
+from gshardx.config import Config
+from gshardx.data.sources import known_tokenizer
 from gshardx.data.tokenizer import build_tokenizer
 from gshardx.models import decode
 from gshardx.models.budget import Step
@@ -71,12 +72,12 @@ def vocabulary(config: Config) -> int:
     Raises:
         BadInput: the tokenizer's file can't be read.
     """
-    return _vocabulary(config.data)
+    return _vocabulary(known_tokenizer(config.data), config.data.vocab_size)
 
 
 @functools.cache  # a search asks thousands of times
-def _vocabulary(data: DataConfig) -> int:
-    return data.vocab_size if data.tokenizer == "bpe" else build_tokenizer(data.tokenizer, 0, []).vocab_size
+def _vocabulary(tokenizer: str, vocab_size: int) -> int:
+    return vocab_size if tokenizer == "bpe" else build_tokenizer(tokenizer, 0, []).vocab_size
 
 
 def model_on(config: Config, mesh: Mesh) -> Blueprint:

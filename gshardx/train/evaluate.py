@@ -6,10 +6,7 @@ import math
 from gshardx.data.pipeline import evaluation_rows
 from gshardx.models.build import Variables
 from gshardx.train.job import Job
-from gshardx.train.text import Text
-
-XZ_AT_MOST = 8_000_000
-"""Bytes of text up to which the xz comparison takes seconds."""
+from gshardx.train.text import XZ_AT_MOST, Text
 
 
 def bits_per_byte(job: Job, variables: Variables, text: Text) -> float:
@@ -19,15 +16,16 @@ def bits_per_byte(job: Job, variables: Variables, text: Text) -> float:
     """
     nats = 0.0
     for rows in evaluation_rows(text.held_out, job.config.data.sequence_length, job.config.train.batch_size):
-        nats += float(job.eval_step(variables, job.to_device(rows)))
+        mine = {name: array[job.rows] for name, array in rows.items()}
+        nats += float(job.eval_step(variables, job.to_device(mine)))
     return nats / math.log(2) / text.held_out_bytes
 
 
 def xz_bits_per_byte(text: Text) -> float | None:
-    """What ``xz -9e`` makes of the held-out text after it has seen the training text; None if they are too long."""
+    """What ``xz -9e`` makes of the held-out text after the training text; None if they are long, or not kept."""
     before = "".join(text.training_documents).encode()
     after = "".join(text.held_out_documents).encode()
-    if len(before) + len(after) > XZ_AT_MOST:
+    if not after or len(before) + len(after) > XZ_AT_MOST:
         return None
 
     def compressed(data: bytes) -> int:

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from gshardx.config import Config
 from gshardx.models.build import Blueprint, Params, Variables, blueprint
@@ -72,11 +72,25 @@ class Job:
     def eval_step(self) -> CompiledStep[[Variables, Batch], Array]:
         return compile_eval_step(self.blueprint, self.batch, self.mesh)
 
+    @cached_property
+    def rows(self) -> Int[np.ndarray, "rows"]:
+        """Rows of a batch that this process's devices hold, ascending."""
+        held = self.batch.tokens.sharding.addressable_devices_indices_map(self.batch.tokens.shape)
+        every = np.arange(self.batch.tokens.shape[0])
+        return np.unique(np.concatenate([every[index[0]] for index in held.values() if index is not None]))
+
     def to_device(self, rows: Mapping[str, np.ndarray]) -> Batch:
-        """A whole batch laid over the mesh; every process has all of its rows and hands over what its devices hold."""
+        """A batch laid over the mesh; every process hands over its :attr:`rows`."""
+
+        def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+            # A device's rows are neighbours, and all of them are here.
+            first = int(np.searchsorted(self.rows, index[0].start or 0))
+            count = len(range(*index[0].indices(self.batch.tokens.shape[0])))
+            return rows[name][first : first + count, index[1]]
+
         return Batch(
             **{
-                name: jax.make_array_from_callback(abstract.shape, abstract.sharding, rows[name].__getitem__)
+                name: jax.make_array_from_callback(abstract.shape, abstract.sharding, partial(part, name))
                 for name, abstract in self.batch._asdict().items()
             }
         )

@@ -8,12 +8,12 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import NamedTuple
 
-import grain
 import jax
 
 from gshardx.checkpoint.store import CheckpointStore
 from gshardx.config import Config
-from gshardx.data.pipeline import Rows, training_rows
+from gshardx.data.pipeline import training_rows
+from gshardx.data.prefetch import Ahead
 from gshardx.errors import BadInput
 from gshardx.models.moe import dispatcher_reason
 from gshardx.sharding import one_program_at_a_time
@@ -27,7 +27,7 @@ from gshardx.train.report import report
 from gshardx.train.resume import items_of, resume_or_start
 from gshardx.train.run_dir import RunDir
 from gshardx.train.state import TrainState
-from gshardx.train.step import StepMetrics
+from gshardx.train.step import Batch, StepMetrics
 from gshardx.train.text import Text, read_text
 
 
@@ -47,11 +47,12 @@ def train(config: Config, run: RunDir, command: str) -> int:
     """
     with on_first(run.lock) or nullcontext():
         on_first(lambda: tell_changes(config, run))
-        text = together(lambda: read_text(config.data))
+        text = together(lambda: read_text(config.data, config.seed))
+        if text.skipped:
+            say(text.skipped)
         facts = facts_of(run, text)
         job = Job.of(config, text.tokenizer.vocab_size)
-        # Every process packs whole batches, so that a run does not depend on how many there are.
-        rows = training_rows(text.training, config.data.sequence_length, config.train.batch_size, config.seed)
+        rows = rows_of(job, text)
         state, first = resume_or_start(job, run, rows, facts, say)
         on_first(lambda: run.write_config(config))
         store = CheckpointStore(run.checkpoints, config.checkpoint.every, config.checkpoint.keep, facts)
@@ -59,6 +60,7 @@ def train(config: Config, run: RunDir, command: str) -> int:
             with caught_signals() as caught:
                 ended = run_steps(job, run, text, rows, store, state, first, caught)
         finally:
+            rows.close()
             store.close()
         if ended.step < config.train.steps:
             say(f"saved step {ended.step} after {signal.Signals(ended.signal).name}; to continue: {command}")
@@ -66,6 +68,20 @@ def train(config: Config, run: RunDir, command: str) -> int:
         bits = bits_per_byte(job, ended.state.variables, text) if ended.bits is None else ended.bits
         report(job, run, text, ended.state.variables, bits, command, say)
         return 0
+
+
+def rows_of(job: Job, text: Text) -> Ahead[Batch]:
+    """Endless batches on the devices, some of them ahead; each process reads the rows that its devices hold."""
+    data = job.config.data
+    rows = training_rows(
+        text.blocks,
+        data.sequence_length,
+        job.config.train.batch_size,
+        job.rows,
+        on_error=data.on_error,
+        workers=data.workers,
+    )
+    return Ahead(rows, job.to_device, data.prefetch)
 
 
 def tell_changes(config: Config, run: RunDir) -> None:
@@ -111,7 +127,7 @@ def run_steps(
     job: Job,
     run: RunDir,
     text: Text,
-    rows: grain.DatasetIterator[Rows],
+    rows: Ahead[Batch],
     store: CheckpointStore,
     state: TrainState,
     first: int,
@@ -132,9 +148,10 @@ def run_steps(
         meter = Meter(job, trackers, progress)
         for last in range(first + 1, config.train.steps + 1):
             batch = next(rows)
-            state, metrics = step_program(state, job.to_device(batch))
+            state, metrics = step_program(state, batch)
             if metrics.experts is not None and last % config.train.trace_every == 0:
-                trackers.trace(last, batch, fetch(metrics.experts))
+                tokens = {"tokens": fetch(batch.tokens), "segments": fetch(batch.segments)}
+                trackers.trace(last, tokens, fetch(metrics.experts))
             meter.put(last, metrics._replace(experts=None))
             if wait:
                 jax.block_until_ready(state)
@@ -152,6 +169,8 @@ def run_steps(
         meter.flush()
     trackers.close()
     store.wait()
+    if rows.skipped:
+        say(f"data: skipped {rows.skipped:,} broken record(s) while training")
     return Ended(state, last, bits, number)
 
 

@@ -18,7 +18,7 @@ def report(
 ) -> None:
     """Sample, and print the run's summary; ``bits`` per byte of held-out text."""
     xz = xz_bits_per_byte(text)
-    documents, size = len(text.held_out_documents), text.held_out_bytes
+    documents, size = len(text.held_out), text.held_out_bytes
     say(f"\nvalidation  {bits:.3f} bits per byte on {documents} held-out document(s), {size:,} bytes")
     if xz is not None:
         say(f"            ({xz:.3f} for xz -9e, which reads the training text first)")

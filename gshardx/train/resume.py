@@ -4,15 +4,13 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import grain
 import jax
 import jax.numpy as jnp
 
 from gshardx.checkpoint.manifest import read_manifest
 from gshardx.checkpoint.store import Items, load, newest_good_step, set_aside
-from gshardx.data.pipeline import Rows
 from gshardx.errors import BadInput
 from gshardx.models.items import items_of as model_items
 from gshardx.models.items import variables_of
@@ -21,13 +19,24 @@ from gshardx.train.job import Job
 from gshardx.train.run_dir import RunDir
 from gshardx.train.state import TrainState
 
+
+class Rows(Protocol):
+    """Batches that tell where they stand."""
+
+    def get_state(self) -> dict[str, int]:
+        """After the batch given last."""
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+
+
 _POSITION = "process_0-of-1.json"  # Grain's own name for one process, so that runs go on with any number of them
 
 
 class Position:
-    """Where ``rows`` stand, as a checkpoint keeps it: one file, since every process reads the same rows."""
+    """Where ``rows`` stand, as a checkpoint keeps it: one file, since the place counts the rows of all processes."""
 
-    def __init__(self, rows: grain.DatasetIterator[Rows]) -> None:
+    def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
     async def save(self, directory: Any) -> Awaitable[None]:
@@ -50,7 +59,7 @@ class Position:
         return read()
 
 
-def items_of(state: TrainState, rows: grain.DatasetIterator[Rows]) -> Items:
+def items_of(state: TrainState, rows: Rows) -> Items:
     """A state as a checkpoint keeps it. The step is the checkpoint's own number."""
     return model_items(state.variables) | {
         "optimizer": state.opt_state,
@@ -62,7 +71,7 @@ def items_of(state: TrainState, rows: grain.DatasetIterator[Rows]) -> Items:
 
 
 def resume_or_start(
-    job: Job, run: RunDir, rows: grain.DatasetIterator[Rows], facts: dict[str, Any], say: Callable[[str], None]
+    job: Job, run: RunDir, rows: Rows, facts: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[TrainState, int]:
     """The state to go on from and its step; ``rows`` is moved to the same place.
 

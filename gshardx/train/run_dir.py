@@ -21,6 +21,9 @@ FREE_TO_CHANGE = (
     "train.sample_tokens",
     "train.trace_every",
     "checkpoint.",
+    "data.on_error",
+    "data.workers",
+    "data.prefetch",
 )
 """Keys that a resumed run may change: they alter what is done or where, not what each step computes.
 

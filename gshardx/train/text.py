@@ -1,48 +1,57 @@
-"""The text of a run: read, split, tokenised, cut."""
+"""The text of a run: where its training rows come from, and what is held out."""
 
 import dataclasses
-import hashlib
 
 import numpy as np
 
 from gshardx.config import DataConfig
-from gshardx.data.documents import read_documents, split_documents
-from gshardx.data.pipeline import cut
-from gshardx.data.tokenizer import Tokenizer, build_tokenizer
+from gshardx.data.blocks import Blocks, Mixture
+from gshardx.data.faults import Faults
+from gshardx.data.sources import Sources, open_sources
+from gshardx.data.tokenizer import Tokenizer
+
+XZ_AT_MOST = 8_000_000
+"""Bytes of text up to which the xz comparison takes seconds, and the text is kept for it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Training pieces of at most a sequence of tokens, whole held-out documents as tokens, and the text of both."""
+    """Blocks of training rows, whole held-out documents as tokens, and the text of both where it is short."""
 
     tokenizer: Tokenizer
-    training: list[np.ndarray]
+    blocks: Blocks
     held_out: list[np.ndarray]
-    training_documents: list[str]
-    held_out_documents: list[str]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the training tokens in order: equal digests, equal batches."""
-        digest = hashlib.sha256()
-        for piece in self.training:
-            digest.update(piece.tobytes())
-        return digest.hexdigest()
-
-    @property
-    def held_out_bytes(self) -> int:
-        return sum(len(document.encode()) for document in self.held_out_documents)
+    held_out_bytes: int
+    digest: str
+    """Of the training tokens: equal digests, equal batches."""
+    skipped: str = ""
+    """What was left out, in one line."""
+    training_documents: list[str] = dataclasses.field(default_factory=list)
+    held_out_documents: list[str] = dataclasses.field(default_factory=list)
 
 
-def read_text(config: DataConfig) -> Text:
-    """Read ``config.path``; see :mod:`gshardx.data` for what each part raises."""
-    documents = read_documents(config.path, config.column)
-    training, held_out = split_documents(documents, config.validation_fraction)
-    tokenizer = build_tokenizer(config.tokenizer, config.vocab_size, training)
+def read_text(config: DataConfig, seed: int = 0) -> Text:
+    """Open what ``config`` names; see :mod:`gshardx.data.sources` for what is raised. ``seed``: of the order."""
+    faults = Faults(config.on_error)
+    sources = open_sources(config, faults)
+    held_out, size = sources.held_out_documents(faults)
+    training, kept = _short_texts(sources)
     return Text(
-        tokenizer=tokenizer,
-        training=cut(tokenizer.encode_documents(training), config.sequence_length),
-        held_out=tokenizer.encode_documents(held_out),
+        tokenizer=sources.tokenizer,
+        blocks=Mixture(sources.corpora, sources.held_out, sources.shares, config.sequence_length, config.packing, seed),
+        held_out=held_out,
+        held_out_bytes=size,
+        digest=sources.digest,
+        skipped=faults.summary,
         training_documents=training,
-        held_out_documents=held_out,
+        held_out_documents=kept,
     )
+
+
+def _short_texts(sources: Sources) -> tuple[list[str], list[str]]:
+    """Training and held-out documents, if together they are short."""
+    if sum(int(corpus.sizes.sum()) for corpus in sources.corpora) > XZ_AT_MOST:
+        return [], []
+    out = np.concatenate(sources.held_out)
+    training = [text for text, held in zip(sources.texts, out, strict=False) if not held]
+    return training, list(dict.fromkeys(text for text, held in zip(sources.texts, out, strict=False) if held))

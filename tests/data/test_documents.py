@@ -1,4 +1,4 @@
-"""Text from files: every kind is read whole, every damage is named, and held-out text is really held out."""
+"""Text from files: every kind is read whole, and every damage is named."""
 
 import json
 import random
@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gshardx.data import documents
-from gshardx.data.documents import PACKAGED, TEXT_PIECE, read_documents, split_documents
+from gshardx.data.documents import TEXT_PIECE, read_documents
+from gshardx.data.files import PACKAGED, find_files
 from gshardx.errors import BadInput
 
 
@@ -68,7 +69,7 @@ def test_the_packaged_corpus_is_small_whole_and_plain():
     assert len(works) == 15
     assert 1_500_000 < sum(len(work.encode()) for work in works) <= 2_000_000
     assert any("To be, or not to be" in work for work in works)
-    assert documents._files("shakespeare")[0].stat().st_size <= 2_000_000
+    assert find_files("shakespeare")[0].stat().st_size <= 2_000_000
     assert set(PACKAGED) == {"shakespeare"}
 
 
@@ -96,7 +97,6 @@ def test_a_long_text_becomes_several_documents_and_a_short_one_stays_whole(tmp_p
     assert len(long) == 3
     assert "".join(long) == (tmp_path / "long.txt").read_text()
     assert read_documents(str(tmp_path / "short.txt"), "text") == [line * 100]
-    assert split_documents([*long, "another"], 0.25)[1]
 
 
 def test_windows_line_ends_are_kept(tmp_path):
@@ -208,37 +208,4 @@ def test_a_damaged_parquet_file_is_named_wherever_the_damage_is(tmp_path):
 def test_json_that_python_cannot_take_is_bad_input(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(BadInput, match=r"a\.jsonl, line 2"):
-        split_documents(read_documents(str(tmp_path / "a.jsonl"), "text"), 0.5)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    texts=st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=30).filter(lambda texts: len(set(texts)) > 1),
-    fraction=st.floats(1e-6, 1 - 1e-6),
-    seed=st.integers(0, 99),
-)
-def test_a_split_loses_nothing_shares_nothing_and_depends_on_no_order(texts, fraction, seed):
-    training, held_out = split_documents(texts, fraction)
-    assert training
-    assert held_out
-    assert not set(training) & set(held_out)
-    assert set(training) | set(held_out) == set(texts)
-    assert len(held_out) == len(set(held_out))
-    assert training == [text for text in texts if text in set(training)]  # in order, duplicates and all
-    assert len(held_out) == pytest.approx(fraction * len(set(texts)), abs=1)
-    shuffled = random.Random(seed).sample(texts, len(texts))
-    assert set(split_documents(shuffled, fraction)[1]) == set(held_out)
-    assert split_documents(texts, fraction) == (training, held_out)
-
-
-def test_more_documents_move_few_across_the_split():
-    texts = [f"document {i}" for i in range(1000)]
-    before = set(split_documents(texts, 0.1)[1])
-    after = set(split_documents([*texts, *[f"new {i}" for i in range(100)]], 0.1)[1])
-    assert len(before & after) > 80
-
-
-@pytest.mark.parametrize("texts", [["only"], ["same", "same", "same"]])
-def test_one_document_cannot_be_split(texts):
-    with pytest.raises(BadInput, match="at least two"):
-        split_documents(texts, 0.5)
+        read_documents(str(tmp_path / "a.jsonl"), "text")

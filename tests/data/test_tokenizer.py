@@ -81,7 +81,7 @@ def test_the_end_token_is_one_of_its_own_and_decodes_to_nothing(tokenizer):
 
 def test_documents_stand_between_end_tokens(tokenizer):
     encoded = tokenizer.encode_documents(["ab", "", f"x{END}y"])
-    assert [ids.dtype for ids in encoded] == [np.int32] * 3
+    assert [ids.dtype for ids in encoded] == [np.uint16] * 3
     for ids, text in zip(encoded, ["ab", "", f"x{END}y"], strict=True):
         assert ids[0] == ids[-1] == tokenizer.end
         assert tokenizer.end not in ids[1:-1]

@@ -1,0 +1,232 @@
+"""From texts to a folder of token shards (gshardx/data/records.py), restartable at every shard.
+
+``plan.json`` is written first and says what is being made of what; ``SHARD.json`` says that a shard is whole;
+``index.json`` comes last and replaces both.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from gshardx.data.corpora import hash_of, held_out
+from gshardx.data.documents import Reading, documents_in
+from gshardx.data.encoding import Encoded, encoded
+from gshardx.data.faults import Faults, Policy
+from gshardx.data.files import digest_of, find_files
+from gshardx.data.progress import Bar
+from gshardx.data.records import FORMAT, INDEX, RECORD_TOKENS, TOKENIZER, Shard
+from gshardx.data.shards import ShardWriter
+from gshardx.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, train_bpe
+from gshardx.errors import BadInput
+
+PLAN = "plan.json"
+BPE_SAMPLE = 1 << 30
+"""Bytes of text that a BPE is trained on at most; of more, documents are drawn by their hash."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the command was given; see ``python -m gshardx.data tokenize --help``."""
+
+    path: list[str]
+    out: str
+    column: str = "text"
+    tokenizer: str = "bpe"
+    vocab_size: int = 1024
+    validation_fraction: float = 0.05
+    on_error: Policy = "fail"
+    shard_tokens: int = 1 << 26
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("shard_tokens", "workers"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{name} {getattr(self, name)}: must be 1 or more")
+
+
+def tokenize(settings: Settings) -> None:
+    """Make the folder ``settings.out``, or finish it.
+
+    Raises:
+        BadInput: nothing to read, something broken in it, a folder begun with other settings, or no room.
+    """
+    folder = Path(settings.out)
+    held = _hold(folder)
+    try:
+        faults = Faults(settings.on_error)
+        files = [file for path in settings.path for file in find_files(path, faults, "--path")]
+        plan = _plan(settings, files)
+        if not _begun(folder, plan):
+            _write(folder / PLAN, plan)
+        if (folder / INDEX).exists():
+            print(f"{folder}: done already")
+            return
+        tokenizer = _tokenizer(settings, files, folder)
+        shards = _finished(folder)
+        with Bar("tokenize", sum(source["bytes"] for source in plan["sources"])) as bar:
+            texts = documents_in(files, Reading(settings.column, faults, bar.advance))
+            shards += _write_shards(settings, tokenizer, texts, folder, shards)
+        _finish(folder, plan, tokenizer, shards, faults)
+    finally:
+        held.close()
+
+
+def _hold(folder: Path) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = (folder / ".lock").open("w")
+    except OSError as error:
+        raise BadInput(f"--out {folder}: can't be written ({error.strerror}); choose another") from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BadInput(f"--out {folder}: another process writes it; wait for it or use another") from error
+    return held
+
+
+def _plan(settings: Settings, files: list[Path]) -> dict[str, Any]:
+    """What decides every byte of the folder. Workers do not."""
+    decides = dataclasses.asdict(settings)
+    for name in ("out", "workers", "path"):
+        del decides[name]
+    with Bar("check files", sum(file.stat().st_size for file in files)) as bar:
+        sources = []
+        for file in files:
+            sources.append({"file": str(file), "bytes": file.stat().st_size, "sha256": digest_of(file)})
+            bar.advance(file.stat().st_size)
+    if settings.tokenizer not in ("bpe", "bytes"):
+        decides["tokenizer_sha256"] = hashlib.sha256(load_tokenizer(Path(settings.tokenizer)).text.encode()).hexdigest()
+    return {"format": FORMAT, **decides, "sources": sources}
+
+
+def _begun(folder: Path, plan: dict[str, Any]) -> bool:
+    """Whether the folder was begun by an earlier call.
+
+    Raises:
+        BadInput: with another plan.
+    """
+    for name in (INDEX, PLAN):
+        if (folder / name).exists():
+            try:
+                found = json.loads((folder / name).read_text())
+                before = found["plan"] if name == INDEX else found
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise BadInput(f"{folder / name}: damaged ({error}); delete {folder}") from error
+            changed = [key for key in plan | before if plan.get(key) != before.get(key)]
+            if changed:
+                raise BadInput(
+                    f"--out {folder}: was begun with other {', '.join(changed)}; use the old ones, delete it or choose "
+                    f"another --out"
+                )
+            return True
+    return False
+
+
+def _tokenizer(settings: Settings, files: list[Path], folder: Path) -> Tokenizer:
+    """The folder's own, once it is there."""
+    path = folder / TOKENIZER
+    if path.exists():
+        return load_tokenizer(path)
+    if settings.tokenizer == "bpe":
+        made = _trained(settings, files)
+    else:
+        made = build_tokenizer(settings.tokenizer, settings.vocab_size, [])
+    scratch = path.with_suffix(".part")
+    made.save(scratch)
+    scratch.replace(path)
+    return made
+
+
+def _trained(settings: Settings, files: list[Path]) -> Tokenizer:
+    """A BPE trained on what a run with the same validation_fraction trains on: two more readings of the text."""
+    total = sum(file.stat().st_size for file in files)
+    with Bar("split", total) as bar:
+        reading = Reading(settings.column, Faults(settings.on_error), bar.advance)
+        found = [(hash_of(data), len(data)) for data in (text.encode() for text in documents_in(files, reading))]
+    if not found:
+        raise BadInput(f"--path {' '.join(settings.path)}: no text in it; give files with at least one document")
+    hashes = np.asarray([one for one, _ in found], np.uint64)
+    use = ~held_out(hashes, settings.validation_fraction)
+    chance = BPE_SAMPLE / sum(size for (_, size), used in zip(found, use, strict=True) if used)
+    if chance < 1:
+        use &= (hashes & np.uint64(0xFFFFFFFF)) < np.uint64(chance * (1 << 32))
+    with Bar("train tokenizer", total) as bar:
+        texts = documents_in(files, Reading(settings.column, Faults(settings.on_error), bar.advance))
+        return train_bpe(settings.vocab_size, (text for text, used in zip(texts, use, strict=False) if used))
+
+
+def _finished(folder: Path) -> list[Shard]:
+    shards: list[Shard] = []
+    while (marker := folder / f"{len(shards):05d}.json").exists():
+        shards.append(Shard(**json.loads(marker.read_text())))
+    return shards
+
+
+def _write_shards(
+    settings: Settings, tokenizer: Tokenizer, texts: Iterable[str], folder: Path, done: list[Shard]
+) -> Iterator[Shard]:
+    """Write the shards that are missing; a shard ends with the document that fills it."""
+    read = done[-1].read if done else 0
+    documents = encoded(itertools.islice(texts, read, None), tokenizer, settings.workers)
+    for number in itertools.count(len(done)):
+        first = next(documents, None)
+        if first is None:
+            return
+        writer = ShardWriter(folder, f"{number:05d}")
+        for document in _until_full(itertools.chain([first], documents), settings.shard_tokens):
+            writer.write(document)
+            read += 1
+        shard = writer.finish(read)
+        _write(folder / f"{shard.name}.json", dataclasses.asdict(shard))
+        yield shard
+
+
+def _until_full(documents: Iterable[Encoded], tokens: int) -> Iterator[Encoded]:
+    for document in documents:
+        yield document
+        tokens -= len(document.ids)
+        if tokens <= 0:
+            return
+
+
+def _finish(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer, shards: list[Shard], faults: Faults) -> None:
+    if not shards:
+        broken = f" ({faults.summary})" if faults.count else ""
+        raise BadInput(f"{plan['sources'][0]['file']}: no text in it; give files with at least one document{broken}")
+    tokens = sum(shard.tokens for shard in shards)
+    documents = sum(shard.documents for shard in shards)
+    _write(
+        folder / INDEX,
+        {
+            "format": FORMAT,
+            "tokenizer": hashlib.sha256(tokenizer.text.encode()).hexdigest(),
+            "dtype": np.dtype(tokenizer.dtype).str,
+            "record_tokens": RECORD_TOKENS,
+            "documents": documents,
+            "tokens": tokens,
+            "skipped": faults.count,
+            "shards": [dataclasses.asdict(shard) for shard in shards],
+            "plan": plan,
+        },
+    )
+    for leftover in [folder / PLAN, *(folder / f"{shard.name}.json" for shard in shards)]:
+        leftover.unlink(missing_ok=True)
+    if faults.count:
+        print(faults.summary)
+    print(
+        f"{folder}: {documents:,} documents, {tokens:,} tokens, {len(shards)} shard(s); train with --data.path {folder}"
+    )
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(path)
