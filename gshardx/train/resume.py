@@ -14,6 +14,7 @@ from gshardx.checkpoint.manifest import read_manifest
 from gshardx.checkpoint.store import Items, load, newest_good_step, set_aside
 from gshardx.data.pipeline import Rows
 from gshardx.errors import BadInput
+from gshardx.models.build import Variables
 from gshardx.models.items import items_of as model_items
 from gshardx.models.items import variables_of
 from gshardx.sharding.distributed import exchange, on_first
@@ -52,12 +53,17 @@ class Position:
 
 def items_of(state: TrainState, rows: grain.DatasetIterator[Rows]) -> Items:
     """A state as a checkpoint keeps it. The step is the checkpoint's own number."""
-    return model_items(state.variables) | {
-        "optimizer": state.opt_state,
-        "rng": {"key": state.rng},
-        "balance": {"weight": state.balance_weight},
-        "data": Position(rows),
-    }
+    averaged = model_items(Variables(state.ema, state.router), averaged=True) if state.ema else {}
+    return (
+        model_items(state.variables)
+        | averaged
+        | {
+            "optimizer": state.opt_state,
+            "rng": {"key": state.rng},
+            "balance": {"weight": state.balance_weight},
+            "data": Position(rows),
+        }
+    )
 
 
 def resume_or_start(
@@ -91,6 +97,7 @@ def resume_or_start(
         rng=loaded["rng"]["key"],
         router=variables.router,
         balance_weight=loaded["balance"]["weight"],
+        ema=loaded.get("ema", {}),
     )
     say(f"resuming {run.path} from step {step}")
     return state, step

@@ -13,7 +13,7 @@ from gshardx.layers import Losses, MoEMetrics, Packed, RouterStats
 from gshardx.layers.balance import adapt_coefficient
 from gshardx.models.build import Blueprint, Params, Variables
 from gshardx.sharding import CompiledStep, abstract_array
-from gshardx.train.state import TrainState
+from gshardx.train.state import TrainState, averaged
 
 
 class Batch(NamedTuple):
@@ -72,10 +72,12 @@ def train_step(
     batch: Batch,
     trace: bool = False,
     gradients: Params | None = None,
+    ema_decay: float | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One update: mean cross-entropy of the targets plus the auxiliary losses; then the routers' own updates.
 
     ``gradients``: shardings that the gradient is reduced into, one a parameter; None leaves it to the partitioner.
+    ``ema_decay``: of the average of the weights; None keeps none.
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     count, config = batch.weights.sum(), blueprint.config.moe
@@ -90,6 +92,7 @@ def train_step(
         gradient = jax.lax.with_sharding_constraint(gradient, gradients)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    ema = state.ema if ema_decay is None else averaged(state.ema, params, ema_decay, state.step + 1)
     router = blueprint.bind(state.params).stack.after_step(moe.state)
     balance_weight = state.balance_weight
     if config.adaptive_balance:
@@ -103,7 +106,7 @@ def train_step(
         balance_weight,
         moe.experts if trace else None,
     )
-    return TrainState(state.step + 1, params, opt_state, state.rng, router, balance_weight), metrics
+    return TrainState(state.step + 1, params, opt_state, state.rng, router, balance_weight, ema), metrics
 
 
 def eval_step(blueprint: Blueprint, variables: Variables, batch: Batch) -> Float[Array, ""]:
@@ -128,14 +131,15 @@ def compile_train_step(
     mesh: Mesh,
     trace: bool = False,
     gradients: Params | None = None,
+    ema_decay: float | None = None,
 ) -> CompiledStep[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Compile for abstract ``state`` and ``batch``; the state's buffers are reused (donated) for the next state.
 
-    With ``trace`` the metrics hold every token's choices. ``gradients``: shardings, as in :func:`train_step`.
+    With ``trace`` the metrics hold every token's choices. ``gradients``, ``ema_decay``: as in :func:`train_step`.
     """
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_step(blueprint, optimizer, state, batch, trace, gradients)
+        return train_step(blueprint, optimizer, state, batch, trace, gradients, ema_decay)
 
     shardings = jax.tree.map(lambda a: a.sharding, state)
     return CompiledStep(train, (state, batch), mesh, donate=(0,), out_shardings=(shardings, None))
