@@ -209,29 +209,64 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) with linear warm-up and cosine decay."""
+    """How weights move (docs/optimizers.md): the update rule, the learning rate's way, clipping, decay, averaging."""
 
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    """The update rule; muon: of the matrices inside the network, adamw of the rest."""
+    schedule: Literal["cosine", "inverse_sqrt", "wsd"] = "cosine"
+    """The learning rate's way down after a linear warm-up; wsd: flat, then linear at the end."""
     learning_rate: float = 3e-3
-    """Peak learning rate."""
+    """Peak learning rate; adafactor: relative to the size of each parameter."""
     warmup_steps: int = 50
     """Steps to the peak."""
     final_fraction: float = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a share of the peak; cosine and wsd."""
+    decay_start: int | None = None
+    """inverse_sqrt: steps until the peak starts to fall; default: warmup_steps."""
+    decay_fraction: float = 0.1
+    """wsd: share of the run's steps in which the learning rate falls, the last ones."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; adafactor: 0 keeps none."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay of the second moment, with lion of the only one; adafactor has 1 - step^-0.8."""
+    momentum: float = 0.95
+    """muon: decay of the matrices' moment."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; adamw."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices; norms are exempt."""
-    clip_norm: float = 1.0
-    """Largest global norm of the gradient."""
+    """Decoupled decay of matrices; norms, biases and routers are exempt."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; null: any."""
+    ema_decay: float | None = None
+    """Average the weights of all steps, each step's counting this much of the next one's; null: use the last ones."""
 
     def __post_init__(self) -> None:
-        _positive("optimizer", self, "learning_rate", "epsilon", "clip_norm")
+        _positive("optimizer", self, "learning_rate", "epsilon", "clip_norm", "decay_start", "decay_fraction")
         _at_least_zero("optimizer", self, "warmup_steps", "final_fraction", "weight_decay")
-        _share("optimizer", self, "beta1", "beta2")
+        _share("optimizer", self, "beta1", "beta2", "momentum")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise BadInput(f"optimizer.ema_decay = {self.ema_decay}: must lie between 0 and 1; use 0.999, or null")
+        if self.decay_fraction > 1:
+            raise BadInput(f"optimizer.decay_fraction = {self.decay_fraction}: is a share of the steps; use 0.1")
+        if self.schedule == "inverse_sqrt":
+            self._check_inverse_sqrt()
+        elif self.decay_start is not None:
+            raise BadInput(
+                f"optimizer.decay_start = {self.decay_start} is of inverse_sqrt, and optimizer.schedule = "
+                f"{self.schedule}; use inverse_sqrt, or leave decay_start null"
+            )
+
+    def _check_inverse_sqrt(self) -> None:
+        if not (self.decay_start or self.warmup_steps):
+            raise BadInput(
+                "optimizer.schedule = inverse_sqrt falls from the end of the warm-up on, and optimizer.warmup_steps = "
+                "0; use a decay_start of 10000"
+            )
+        if self.decay_start is not None and self.decay_start < self.warmup_steps:
+            raise BadInput(
+                f"optimizer.decay_start = {self.decay_start} comes before the end of the warm-up, "
+                f"optimizer.warmup_steps = {self.warmup_steps}; use a decay_start of {self.warmup_steps} or more"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

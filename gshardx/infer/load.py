@@ -15,7 +15,7 @@ from gshardx.config import Config, check_model_on_mesh
 from gshardx.data.tokenizer import Tokenizer, load_tokenizer
 from gshardx.errors import BadInput
 from gshardx.models.build import Blueprint, Variables, blueprint
-from gshardx.models.items import ITEMS, items_of, variables_of
+from gshardx.models.items import items_of, variables_of, weights_item
 from gshardx.sharding import MeshConfig, build_mesh
 
 
@@ -32,7 +32,8 @@ class LoadedRun:
 
 
 def load_run(path: Path, mesh_config: MeshConfig) -> LoadedRun:
-    """Load the newest good checkpoint of ``path`` onto a mesh of any shape; only parameters are read.
+    """Load the newest good checkpoint of ``path`` onto a mesh of any shape; only parameters are read: the averaged ones
+    where the run has them (``optimizer.ema_decay``).
 
     Raises:
         BadInput: not a run, no good checkpoint, or a damaged tokenizer.
@@ -41,7 +42,9 @@ def load_run(path: Path, mesh_config: MeshConfig) -> LoadedRun:
         raise BadInput(f"--run {path}: no config.yaml there; give a directory that gshardx.train has written")
     config = read_config(path / "config.yaml")
     check_model_on_mesh(config.model, mesh_config)
-    step = newest_good_step(path / "checkpoints", ITEMS, report=lambda line: print(line, file=sys.stderr))
+    averaged = config.optimizer.ema_decay is not None
+    items = (weights_item(averaged), "router")
+    step = newest_good_step(path / "checkpoints", items, report=lambda line: print(line, file=sys.stderr))
     if step is None:
         raise BadInput(f"--run {path}: no good checkpoint in {path / 'checkpoints'}; train it first")
     tokenizer = load_tokenizer(path / "tokenizer.json")
@@ -51,6 +54,6 @@ def load_run(path: Path, mesh_config: MeshConfig) -> LoadedRun:
         raise BadInput(f"{path / 'tokenizer.json'}: not the tokenizer that step {step} was trained with; restore it")
     mesh = build_mesh(mesh_config)
     plan = blueprint(config.model, tokenizer.vocab_size, mesh)
-    loaded = load(path / "checkpoints", step, items_of(plan.variables))
-    variables = jax.block_until_ready(variables_of(loaded, plan.variables))
+    loaded = load(path / "checkpoints", step, items_of(plan.variables, averaged))
+    variables = jax.block_until_ready(variables_of(loaded, plan.variables, averaged))
     return LoadedRun(config, tokenizer, plan, variables, mesh, step)

@@ -27,6 +27,6 @@ REMAT: dict[str, Callable[..., Any]] = {
     ),
     "full": _again,
 }
-"""Of a unit of blocks, from most memory to least: everything is kept; the results of matrix products and what arrived by
-all-to-all; only the latter; the same, in the host's memory until it is needed; nothing but the unit's input. Only the
-last sends all-to-alls again."""
+"""What is kept of a unit of blocks, from most memory to least: everything; the results of matrix products and what
+arrived by all-to-all; only the latter; the same, in the host's memory until it is needed; nothing but the unit's input.
+Only the last sends all-to-alls again."""

@@ -47,11 +47,15 @@ class Job:
     @cached_property
     def state(self) -> TrainState:
         """Abstract."""
-        return abstract_state(self.blueprint, self.optimizer, self.mesh, self.split)
+        return abstract_state(self.blueprint, self.optimizer, self.mesh, self.split, self._averages)
+
+    @property
+    def _averages(self) -> bool:
+        return self.config.optimizer.ema_decay is not None
 
     def init_state(self) -> TrainState:
         """Step 0."""
-        return init_state(self.blueprint, self.optimizer, self.config.seed, self.mesh, self.split)
+        return init_state(self.blueprint, self.optimizer, self.config.seed, self.mesh, self.split, self._averages)
 
     @cached_property
     def batch(self) -> Batch:
@@ -65,6 +69,7 @@ class Job:
             self.optimizer,
             self.config.train,
             places=jax.tree.map(lambda a: a.sharding, self.split) if self.config.train.zero_stage == 2 else None,
+            ema_decay=self.config.optimizer.ema_decay,
         )
         return compile_train_step(step, self.state, self.batch, self.mesh)
 
@@ -78,6 +83,22 @@ class Job:
         held = self.batch.tokens.sharding.addressable_devices_indices_map(self.batch.tokens.shape)
         every = np.arange(self.batch.tokens.shape[0])
         return np.unique(np.concatenate([every[index[0]] for index in held.values() if index is not None]))
+
+    def evaluated(self, state: TrainState) -> Variables:
+        """What evaluation and generation use of ``state``: the averaged weights where the run has them."""
+        if not self._averages:
+            return state.variables
+        return Variables(self._place_average(state.ema), state.router)
+
+    @cached_property
+    def _place_average(self) -> CompiledStep[[Params], Params]:
+        """Brings the average, which lies with the moments, to where the parameters are (ZeRO 1 and 2)."""
+
+        def average(ema: Params) -> Params:
+            return ema
+
+        shardings = jax.tree.map(lambda a: a.sharding, self.blueprint.params)
+        return CompiledStep(average, (self.state.ema,), self.mesh, out_shardings=shardings)
 
     def to_device(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """A batch laid over the mesh; every process hands over its :attr:`rows`."""

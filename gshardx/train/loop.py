@@ -22,12 +22,13 @@ from gshardx.train.evaluate import bits_per_byte
 from gshardx.train.flops import forward_flops_per_token, peak_flops
 from gshardx.train.job import Job
 from gshardx.train.metrics import Progress, Scalars, Trackers, step_scalars
-from gshardx.train.optimizer import schedule
+from gshardx.train.objective import Batch
 from gshardx.train.report import report
 from gshardx.train.resume import items_of, resume_or_start
 from gshardx.train.run_dir import RunDir
+from gshardx.train.schedules import schedule
 from gshardx.train.state import TrainState
-from gshardx.train.step import Batch, StepMetrics
+from gshardx.train.step import StepMetrics
 from gshardx.train.text import Text, read_text
 
 
@@ -65,8 +66,8 @@ def train(config: Config, run: RunDir, command: str) -> int:
         if ended.step < config.train.steps:
             say(f"saved step {ended.step} after {signal.Signals(ended.signal).name}; to continue: {command}")
             return 128 + ended.signal
-        bits = bits_per_byte(job, ended.state.variables, text) if ended.bits is None else ended.bits
-        report(job, run, text, ended.state.variables, bits, command, say)
+        bits = bits_per_byte(job, job.evaluated(ended.state), text) if ended.bits is None else ended.bits
+        report(job, run, text, job.evaluated(ended.state), bits, command, say)
         return 0
 
 
@@ -160,7 +161,7 @@ def run_steps(
             store.save(last, items_of(state, rows), force=ended or number > 0)
             if ended or (config.train.eval_every and last % config.train.eval_every == 0):
                 with meter.paused():
-                    bits = bits_per_byte(job, state.variables, text)
+                    bits = bits_per_byte(job, job.evaluated(state), text)
                 meter.flush({"evaluation/bits_per_byte": bits})
             elif wait:
                 meter.flush()

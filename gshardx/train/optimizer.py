@@ -1,42 +1,33 @@
-"""AdamW with warm-up, cosine decay and clipping by global norm."""
+"""From a gradient to an update: clip, direction, weight decay, learning rate."""
 
-from typing import Any
-
-import jax
 import optax
 
 from gshardx.config import OptimizerConfig
 from gshardx.models.build import Params
-
-
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear to the peak, then a cosine to ``final_fraction`` of it at ``steps``."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=max(steps, config.warmup_steps + 1),
-        end_value=config.learning_rate * config.final_fraction,
-    )
+from gshardx.train.optimizers import OPTIMIZERS
+from gshardx.train.optimizers.groups import by_names, decays
+from gshardx.train.schedules import schedule
 
 
 def build_optimizer(config: OptimizerConfig, steps: int, axes: Params) -> optax.GradientTransformation:
-    """The update rule; ``axes`` says which parameters are matrices: vectors (norms, biases) do not decay."""
+    """The update rule of a run of ``steps``, the same in outline for every optimizer:
 
-    def is_matrix(_: Any) -> Any:
-        def own(names: tuple[Any, ...]) -> int:
-            return sum(name not in ("layer", "expert") for name in names)
+    1. gradients are scaled down together until their global norm is ``clip_norm`` at most;
+    2. ``OPTIMIZERS[name]`` gives the direction;
+    3. ``weight_decay`` of the parameter is added (decoupled, arXiv 1711.05101), except of norms, biases and routers
+       (:func:`gshardx.train.optimizers.groups.decays`);
+    4. all is multiplied by minus the learning rate of the step (:mod:`gshardx.train.schedules`).
 
-        return jax.tree.map(lambda names: own(names) > 1, axes, is_leaf=lambda x: isinstance(x, tuple))
-
+    Args:
+        config: which optimizer, and its numbers.
+        steps: of the whole run, for the schedule.
+        axes: logical names of the parameters' dimensions (``Blueprint.axes``).
+    """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=is_matrix,
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.chain(
+            OPTIMIZERS[config.name](config, axes),
+            optax.add_decayed_weights(config.weight_decay, mask=by_names(decays, axes)),
+            optax.scale_by_learning_rate(schedule(config, steps)),
         ),
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gshardx.checkpoint.manifest import read_manifest
 from gshardx.checkpoint.store import Items, load, newest_good_step, set_aside
 from gshardx.errors import BadInput
+from gshardx.models.build import Variables
 from gshardx.models.items import items_of as model_items
 from gshardx.models.items import variables_of
 from gshardx.sharding.distributed import exchange, on_first
@@ -61,13 +62,18 @@ class Position:
 
 def items_of(state: TrainState, rows: Rows) -> Items:
     """A state as a checkpoint keeps it. The step is the checkpoint's own number."""
-    return model_items(state.variables) | {
-        "optimizer": state.opt_state,
-        "rng": {"key": state.rng},
-        "balance": {"weight": state.balance_weight},
-        "guard": {"skipped": state.skipped},
-        "data": Position(rows),
-    }
+    averaged = model_items(Variables(state.ema, state.router), averaged=True) if state.ema else {}
+    return (
+        model_items(state.variables)
+        | averaged
+        | {
+            "optimizer": state.opt_state,
+            "rng": {"key": state.rng},
+            "balance": {"weight": state.balance_weight},
+            "guard": {"skipped": state.skipped, "rollbacks": state.rollbacks},
+            "data": Position(rows),
+        }
+    )
 
 
 def resume_or_start(
@@ -102,6 +108,8 @@ def resume_or_start(
         router=variables.router,
         balance_weight=loaded["balance"]["weight"],
         skipped=loaded["guard"]["skipped"],
+        rollbacks=loaded["guard"]["rollbacks"],
+        ema=loaded.get("ema", {}),
     )
     say(f"resuming {run.path} from step {step}")
     return state, step

@@ -1,6 +1,7 @@
 """Everything that a step reads and writes."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from gshardx.layers import RouterState
 from gshardx.models.build import Blueprint, Params, Variables
+from gshardx.sharding.axes import entries_of
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +31,10 @@ class TrainState:
     """Of each MoE layer's balance loss."""
     skipped: Int[Array, ""]
     """Steps that changed nothing, since their gradients were not finite."""
+    rollbacks: Int[Array, ""]
+    """Times that the run went back to a checkpoint after a spike."""
+    ema: Params = dataclasses.field(default_factory=dict)
+    """Average of the parameters over the steps (:func:`averaged`), fp32; empty without ``optimizer.ema_decay``."""
 
     @property
     def variables(self) -> Variables:
@@ -49,54 +55,94 @@ def whole_over_fsdp(params: Params) -> Params:
     return jax.tree.map(place, params)
 
 
+def averaged(ema: Params, params: Params, decay: float, step: Int[Array, ""]) -> Params:
+    """The average after ``step`` (from 1) left ``params``: each step's weights count ``decay`` times the next one's.
+
+    Divided by the sum of these factors, so that the weights before the first step have no part in it (Adam's
+    correction, arXiv 1412.6980 section 3, here kept in the average itself).
+    """
+    share = (1.0 - decay) / -jnp.expm1(step * math.log(decay))
+    return jax.tree.map(lambda mean, new: mean + share * (new - mean), ema, params)
+
+
 def init_state(
     blueprint: Blueprint,
     optimizer: optax.GradientTransformation,
     seed: int,
     mesh: Mesh,
     split: Params | None = None,
+    average: bool = False,
 ) -> TrainState:
-    """Step 0, every array created in its shards; ``split`` as in :func:`abstract_state`."""
-    abstract = abstract_state(blueprint, optimizer, mesh, split)
+    """Step 0, every array created in its shards; ``split`` and ``average`` as in :func:`abstract_state`."""
+    abstract = abstract_state(blueprint, optimizer, mesh, split, average)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     init_key, run_key = jax.random.split(jax.random.key(seed))
     # Waited for: two programs in flight can starve each other on simulated devices.
     params = jax.block_until_ready(blueprint.init(init_key))
 
-    def rest(params: Params) -> tuple[Any, Array, Array, Array]:
-        return optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jax.random.key_data(run_key)
+    def rest(params: Params) -> dict[str, Any]:
+        return {
+            "step": jnp.zeros((), jnp.int32),
+            "opt_state": optimizer.init(params),
+            "rng": jax.random.key_data(run_key),
+            "balance_weight": jnp.full(abstract.balance_weight.shape, blueprint.config.moe.losses.get("balance", 0.0)),
+            "skipped": jnp.zeros((), jnp.int32),
+            "rollbacks": jnp.zeros((), jnp.int32),
+            "ema": jax.tree.map(jnp.copy, params) if average else {},
+        }
 
-    places = (shardings.opt_state, shardings.step, shardings.skipped, shardings.rng)
-    opt_state, step, skipped, rng = jax.jit(rest, out_shardings=places)(params)
-    weight = np.full(abstract.balance_weight.shape, blueprint.config.moe.losses.get("balance", 0.0), np.float32)
-    balance_weight = jax.device_put(weight, shardings.balance_weight)
-    router = blueprint.init_router()
-    return jax.block_until_ready(TrainState(step, params, opt_state, rng, router, balance_weight, skipped))
+    places = {name: getattr(shardings, name) for name in jax.eval_shape(rest, params)}
+    others = jax.jit(rest, out_shardings=places)(params)
+    return jax.block_until_ready(TrainState(params=params, router=blueprint.init_router(), **others))
 
 
 def abstract_state(
-    blueprint: Blueprint, optimizer: optax.GradientTransformation, mesh: Mesh, split: Params | None = None
+    blueprint: Blueprint,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    split: Params | None = None,
+    average: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of a state: counters live everywhere, parameters where the blueprint says, moments
-    where ``split`` has their parameter (default: with the parameter)."""
+    and the average, if there is one, where ``split`` has their parameter (default: with the parameter)."""
     config, everywhere = blueprint.config, NamedSharding(mesh, PartitionSpec())
-
-    def place(array: Any, sharding: NamedSharding) -> Any:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda array, param: place(array, param.sharding),
-        jax.eval_shape(optimizer.init, blueprint.params),
-        blueprint.params if split is None else split,
-        transform_non_params=lambda array: place(array, everywhere),
-    )
+    split = blueprint.params if split is None else split
     return TrainState(
-        step=place(np.zeros((), np.int32), everywhere),
+        step=_placed(np.zeros((), np.int32), everywhere),
         params=blueprint.params,
-        opt_state=opt_state,
-        rng=place(np.zeros(2, np.uint32), everywhere),
+        opt_state=abstract_optimizer_state(optimizer, split, everywhere),
+        rng=_placed(np.zeros(2, np.uint32), everywhere),
         router=blueprint.router,
-        balance_weight=place(np.zeros(config.layers // config.moe.every, np.float32), everywhere),
-        skipped=place(np.zeros((), np.int32), everywhere),
+        balance_weight=_placed(np.zeros(config.layers // config.moe.every, np.float32), everywhere),
+        skipped=_placed(np.zeros((), np.int32), everywhere),
+        rollbacks=_placed(np.zeros((), np.int32), everywhere),
+        ema=split if average else {},
     )
+
+
+def abstract_optimizer_state(optimizer: optax.GradientTransformation, params: Params, everywhere: NamedSharding) -> Any:
+    """What ``optimizer`` keeps of abstract ``params``, each value where its parameter's is.
+
+    Dimensions that it has reduced to size 1 (a factored moment's) are whole; what belongs to no parameter is
+    ``everywhere``.
+    """
+
+    def with_parameter(array: Any, param: Any) -> Any:
+        if isinstance(array, optax.MaskedNode):  # another optimizer's parameter
+            return array
+        sizes = zip(entries_of(param.sharding.spec, len(param.shape)), array.shape, param.shape, strict=True)
+        spec = PartitionSpec(*(entry if size == whole else None for entry, size, whole in sizes))
+        return _placed(array, NamedSharding(param.sharding.mesh, spec))
+
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        with_parameter,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda array: _placed(array, everywhere),
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+
+
+def _placed(array: Any, sharding: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

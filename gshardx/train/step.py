@@ -17,7 +17,7 @@ from gshardx.models.build import Blueprint, Params, Variables
 from gshardx.sharding import CompiledStep, abstract_array
 from gshardx.train.accumulate import Micro, Outcome, accumulated, gradients, rows_together
 from gshardx.train.objective import Batch, TokenLosses, adapt_coefficient, auxiliary_loss, token_losses
-from gshardx.train.state import TrainState
+from gshardx.train.state import TrainState, averaged
 
 
 class StepMetrics(NamedTuple):
@@ -48,12 +48,14 @@ class TrainStep:
         config: micro-batches, losses of the targets, traces.
         places: shardings that the gradient is brought into, one a parameter. None: micro-batches add up where the
             parameters are; the gradient of an undivided batch is left to the partitioner.
+        ema_decay: of the average of the weights; None keeps none.
     """
 
     plan: Blueprint
     optimizer: optax.GradientTransformation
     config: TrainConfig
     places: Params | None = None
+    ema_decay: float | None = None
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Mean cross-entropy of the targets plus the auxiliary losses; then the routers' own updates.
@@ -68,12 +70,16 @@ class TrainStep:
         balance_weight = state.balance_weight
         if self.plan.config.moe.adaptive_balance:
             balance_weight = adapt_coefficient(balance_weight, outcome.stats.drop_fraction)
+        params, ema = optax.apply_updates(state.params, updates), state.ema
+        if self.ema_decay is not None:
+            ema = averaged(ema, params, self.ema_decay, state.step - state.skipped + 1)
         new = dataclasses.replace(
             state,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             opt_state=opt_state,
             router=self.plan.bind(state.params).stack.after_step(outcome.router),
             balance_weight=balance_weight,
+            ema=ema,
         )
         state = dataclasses.replace(_chosen(fine, new, state), step=state.step + 1, skipped=state.skipped + ~fine)
         metrics = StepMetrics(

@@ -16,7 +16,6 @@ from gshardx.train import loop
 from gshardx.train.evaluate import bits_per_byte, xz_bits_per_byte
 from gshardx.train.flops import forward_flops_per_token
 from gshardx.train.job import Job
-from gshardx.train.optimizer import build_optimizer, schedule
 from gshardx.train.run_dir import RunDir
 from gshardx.train.state import init_state
 from gshardx.train.text import read_text
@@ -96,29 +95,6 @@ def test_xz_reads_the_training_text_first(config):
     unknown = xz_bits_per_byte(dataclasses.replace(text, training_documents=["@"]))
     assert known < unknown
     assert xz_bits_per_byte(dataclasses.replace(text, training_documents=["x" * 9_000_000])) is None
-
-
-def test_the_learning_rate_rises_then_falls_to_its_share():
-    rate = schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1), 100)
-    assert [float(rate(step)) for step in (0, 5, 10, 100)] == pytest.approx([0.0, 0.5, 1.0, 0.1])
-    assert float(rate(55)) == pytest.approx(0.55)
-
-
-def test_matrices_decay_and_norms_and_biases_do_not(config):
-    moe = dataclasses.replace(config.model.moe, biases=True)
-    job = Job.of(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), 257)
-    optimizer = build_optimizer(dataclasses.replace(config.optimizer, weight_decay=0.5), 10, job.blueprint.axes)
-    params = jax.tree.map(lambda a: np.ones(a.shape, np.float32), job.blueprint.params)
-    zero = jax.tree.map(np.zeros_like, params)
-
-    @jax.jit
-    def second_update():
-        _, state = optimizer.update(zero, optimizer.init(params), params)  # the first step's rate is 0
-        return optimizer.update(zero, state, params)[0]
-
-    updates = second_update()
-    for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        assert bool(np.any(update)) != ("scale" in str(path) or "b_" in str(path)), path
 
 
 @pytest.mark.slow
