@@ -115,15 +115,18 @@ class CheckpointStore:
         )
 
 
-def newest_good_step(folder: Path, items: tuple[str, ...] = (), report: Callable[[str], None] = print) -> int | None:
+def newest_good_step(
+    folder: Path, items: tuple[str, ...] = (), report: Callable[[str], None] = print, below: int | None = None
+) -> int | None:
     """The newest step below ``folder`` whose files all have their checksums; ``report`` gets a line for each bad one.
 
     Args:
         folder: RUN_DIR/checkpoints.
         items: look at these items' files only.
         report: where lines go.
+        below: look at earlier steps only.
     """
-    for step in reversed(_step_folders(folder)):
+    for step in reversed([step for step in _step_folders(folder) if below is None or step < below]):
         manifest = read_manifest(folder / str(step))
         if manifest is None:
             state = (

@@ -84,7 +84,7 @@ class CompiledStep(Generic[P, R]):
             lowered = jitted.lower(*abstract)
             middle = time.perf_counter()
             self.executable = lowered.compile()
-        self._lowered = lowered if mesh.devices.flat[0].platform == "cpu" else None
+        self._lowered: jax.stages.Lowered | None = lowered
         self.lower_seconds, self.compile_seconds = middle - start, time.perf_counter() - middle
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -142,6 +142,17 @@ class CompiledStep(Generic[P, R]):
     def output_shardings(self) -> Any:
         """A pytree of shardings like the result."""
         return self.executable.output_shardings
+
+    @property
+    def stablehlo(self) -> str:
+        """The program before XLA's optimisation.
+
+        Raises:
+            ValueError: the step was loaded.
+        """
+        if self._lowered is None:
+            raise ValueError(f"{self.name} was loaded, and only the optimised program with it")
+        return str(self._lowered.as_text())
 
     @cached_property
     def hlo(self) -> str:

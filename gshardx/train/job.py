@@ -63,15 +63,20 @@ class Job:
         return abstract_batch(self.config.train.batch_size, self.config.data.sequence_length, self.mesh)
 
     @cached_property
-    def train_step(self) -> CompiledStep[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-        step = TrainStep(
+    def update(self) -> TrainStep:
+        """What a step computes."""
+        return TrainStep(
             self.blueprint,
             self.optimizer,
             self.config.train,
             places=jax.tree.map(lambda a: a.sharding, self.split) if self.config.train.zero_stage == 2 else None,
             ema_decay=self.config.optimizer.ema_decay,
         )
-        return compile_train_step(step, self.state, self.batch, self.mesh)
+
+    @cached_property
+    def train_step(self) -> CompiledStep[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+        """Reuses (donates) the state's buffers, unless a state may have to be looked at again."""
+        return compile_train_step(self.update, self.state, self.batch, self.mesh, donate=not self.config.debug.nans)
 
     @cached_property
     def eval_step(self) -> CompiledStep[[Variables, Batch], Array]:

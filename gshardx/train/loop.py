@@ -1,11 +1,7 @@
 """The story of a run: hold the directory, read the text, start or resume, step and save, evaluate and tell."""
 
 import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import FrameType
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import jax
@@ -19,16 +15,17 @@ from gshardx.models.moe import dispatcher_reason
 from gshardx.sharding import one_program_at_a_time
 from gshardx.sharding.distributed import Largest, exchange, fetch, on_first, together
 from gshardx.train.evaluate import bits_per_byte
-from gshardx.train.flops import forward_flops_per_token, peak_flops
+from gshardx.train.guard import Guard
 from gshardx.train.job import Job
-from gshardx.train.metrics import Progress, Scalars, Trackers, step_scalars
+from gshardx.train.meter import Meter
+from gshardx.train.metrics import Progress, Trackers
+from gshardx.train.nans import first_not_finite
 from gshardx.train.objective import Batch
 from gshardx.train.report import report
-from gshardx.train.resume import items_of, resume_or_start
+from gshardx.train.resume import go_back, items_of, resume_or_start
 from gshardx.train.run_dir import RunDir
-from gshardx.train.schedules import schedule
+from gshardx.train.signals import caught_signals
 from gshardx.train.state import TrainState
-from gshardx.train.step import StepMetrics
 from gshardx.train.text import Text, read_text
 
 
@@ -56,13 +53,11 @@ def train(config: Config, run: RunDir, command: str) -> int:
         rows = rows_of(job, text)
         state, first = resume_or_start(job, run, rows, facts, say)
         on_first(lambda: run.write_config(config))
-        store = CheckpointStore(run.checkpoints, config.checkpoint.every, config.checkpoint.keep, facts)
         try:
             with caught_signals() as caught:
-                ended = run_steps(job, run, text, rows, store, state, first, caught)
+                ended = step_on(job, run, text, rows, facts, state, first, caught)
         finally:
             rows.close()
-            store.close()
         if ended.step < config.train.steps:
             say(f"saved step {ended.step} after {signal.Signals(ended.signal).name}; to continue: {command}")
             return 128 + ended.signal
@@ -115,13 +110,56 @@ def say(line: str) -> None:
 
 
 class Ended(NamedTuple):
-    """Where stepping ended: the saved state, its step, the last evaluation's bits per byte, if there was one, and the
-    signal that ended it, or 0."""
+    """Where stepping ended: the state, its step, the last evaluation's bits per byte, if there was one, the signal that
+    ended it, or 0, and the step whose loss spiked, or 0."""
 
     state: TrainState
     step: int
     bits: float | None
     signal: int
+    spike: int
+
+
+def step_on(
+    job: Job,
+    run: RunDir,
+    text: Text,
+    rows: Ahead[Batch],
+    facts: dict[str, str],
+    state: TrainState,
+    first: int,
+    caught: list[int],
+) -> Ended:
+    """Steps ``first + 1`` to ``train.steps``, or until a signal; back to a checkpoint after each spike of the loss."""
+    config = job.config
+    if first >= config.train.steps:
+        say(f"{run.path} has reached step {first} of {config.train.steps}; raise --train.steps to go on")
+        return Ended(state, first, None, 0, 0)
+    say(f"dispatcher {dispatcher_reason(config.model.moe, config.data.sequence_length)}")
+    say(f"compiling for mesh {config.mesh}")
+    if config.debug.dump_hlo:
+        on_first(lambda: dump_hlo(job, run))
+    while True:
+        store = CheckpointStore(run.checkpoints, config.checkpoint.every, config.checkpoint.keep, facts)
+        try:
+            ended = run_steps(job, run, text, rows, store, state, first, caught)
+        finally:
+            store.close()
+        if not ended.spike:
+            break
+        state, first = go_back(job, run, rows, ended.state, ended.spike, say)
+    if rows.skipped:
+        say(f"data: skipped {rows.skipped:,} broken record(s) while training")
+    return ended
+
+
+def dump_hlo(job: Job, run: RunDir) -> None:
+    """Write each compiled step to RUN_DIR/hlo, as it was lowered and as XLA optimised it."""
+    run.hlo.mkdir(exist_ok=True)
+    for step in (job.train_step, job.eval_step):
+        (run.hlo / f"{step.name}.stablehlo.txt").write_text(step.stablehlo)
+        (run.hlo / f"{step.name}.optimized.txt").write_text(step.hlo)
+    say(f"wrote {run.hlo}")
 
 
 def run_steps(
@@ -134,28 +172,28 @@ def run_steps(
     first: int,
     caught: list[int],
 ) -> Ended:
-    """Steps ``first + 1`` to ``train.steps``, or until a signal."""
+    """Steps ``first + 1`` to ``train.steps``, or until a signal or a spike."""
     config, last, bits = job.config, first, None
-    if first >= config.train.steps:
-        say(f"{run.path} has reached step {first} of {config.train.steps}; raise --train.steps to go on")
-        return Ended(state, first, None, 0)
-    say(f"dispatcher {dispatcher_reason(config.model.moe, config.data.sequence_length)}")
-    say(f"compiling for mesh {config.mesh}")
     step_program, _ = job.train_step, job.eval_step
-    wait = one_program_at_a_time(job.mesh)
+    wait = one_program_at_a_time(job.mesh) or config.debug.nans
     trackers = Trackers(run, first_step=first + 1)
+    guard = Guard(config.guard, int(fetch(state.skipped)), say)
     largest, number = Largest(job.mesh), 0
     with Progress(config.train.steps, first) as progress:
-        meter = Meter(job, trackers, progress)
+        meter = Meter(job, guard, trackers, progress, say)
         for last in range(first + 1, config.train.steps + 1):
-            batch = next(rows)
-            state, metrics = step_program(state, batch)
+            before, batch = state, next(rows)
+            with jax.transfer_guard("disallow"):  # what the step needs is on the devices, or it would wait for the host
+                state, metrics = step_program(state, batch)
             if metrics.experts is not None and last % config.train.trace_every == 0:
                 tokens = {"tokens": fetch(batch.tokens), "segments": fetch(batch.segments)}
                 trackers.trace(last, tokens, fetch(metrics.experts))
             meter.put(last, metrics._replace(experts=None))
             if wait:
                 jax.block_until_ready(state)
+            if config.debug.nans and int(fetch(metrics.skipped)) > int(fetch(before.skipped)):
+                found = first_not_finite(job.update, job.mesh, before, batch)
+                raise BadInput(f"step {last}: gradients are not finite; the first such value: {found}")
             ended, number = last == config.train.steps, largest(caught[0] if caught else 0)
             store.check()
             store.save(last, items_of(state, rows), force=ended or number > 0)
@@ -165,75 +203,9 @@ def run_steps(
                 meter.flush({"evaluation/bits_per_byte": bits})
             elif wait:
                 meter.flush()
-            if number:
+            if number or guard.spike:
                 break
         meter.flush()
     trackers.close()
     store.wait()
-    if rows.skipped:
-        say(f"data: skipped {rows.skipped:,} broken record(s) while training")
-    return Ended(state, last, bits, number)
-
-
-class _Pending(NamedTuple):
-    step: int
-    metrics: StepMetrics
-
-
-class Meter:
-    """Fetches each step's metrics when the next step is under way, so that logging never keeps the device waiting."""
-
-    def __init__(self, job: Job, trackers: Trackers, progress: Progress) -> None:
-        config = job.config
-        self._trackers, self._progress, self._config = trackers, progress, config
-        self._learning_rate = schedule(config.optimizer, config.train.steps)
-        self._flops = forward_flops_per_token(config.model, job.blueprint.vocab, config.data.sequence_length)
-        self._peak, source = peak_flops(job.mesh.size)
-        say(f"MFU is against {self._peak / 1e12:.3g} TFLOP/s ({source})")
-        self._pending: _Pending | None = None
-        self._since = time.perf_counter()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time that belongs to no step."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-    def put(self, step: int, metrics: StepMetrics) -> None:
-        self.flush()
-        self._pending = _Pending(step, metrics)
-
-    def flush(self, more: Scalars | None = None) -> None:
-        """Write the step that waits, and ``more`` beside it. Its time runs from when the step before it was written."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        fetched = jax.device_get(metrics)
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        rate = float(self._learning_rate(step - 1))
-        scalars = step_scalars(fetched, rate, seconds, self._flops, self._peak) | (more or {})
-        if more or step % self._config.train.log_every == 0:
-            self._trackers.write(step, scalars)
-        self._progress.show(step, scalars)
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT (Ctrl-C) append their number to the list; a second one acts as it always did."""
-    caught: list[int] = []
-    before: dict[signal.Signals, Callable[..., object] | int | None] = {}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
-        signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+    return Ended(state, last, bits, number, 0 if number else guard.spike)

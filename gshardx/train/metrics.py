@@ -49,6 +49,8 @@ def step_scalars(
         "learning/loss": float(metrics.loss),
         "learning/aux_loss": float(np.mean(metrics.aux_losses["balance"])),
         "learning/grad_norm": float(metrics.grad_norm),
+        "guard/skipped_steps": float(metrics.skipped),
+        "guard/rollbacks": float(metrics.rollbacks),
         "learning/current_learning_rate": learning_rate,
         "perf/step_seconds": seconds,
         "perf/tokens_per_second": tokens / seconds,

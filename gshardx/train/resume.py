@@ -1,6 +1,7 @@
 """Where a run starts: from its newest good checkpoint, or from nothing."""
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from gshardx.errors import BadInput
 from gshardx.models.build import Variables
 from gshardx.models.items import items_of as model_items
 from gshardx.models.items import variables_of
-from gshardx.sharding.distributed import exchange, on_first
+from gshardx.sharding.distributed import exchange, fetch, on_first
 from gshardx.train.job import Job
 from gshardx.train.run_dir import RunDir
 from gshardx.train.state import TrainState
@@ -98,9 +99,40 @@ def resume_or_start(
                 f"run_dir {run.path}: the {name} is not what step {step} was trained with (data.path = "
                 f"{job.config.data.path}); bring the old text back or use another --run_dir"
             )
-    loaded = load(run.checkpoints, step, items_of(job.state, rows))
+    say(f"resuming {run.path} from step {step}")
+    return _state_of(load(run.checkpoints, step, items_of(job.state, rows)), job, step), step
+
+
+def go_back(
+    job: Job, run: RunDir, rows: Rows, state: TrainState, spike: int, say: Callable[[str], None]
+) -> tuple[TrainState, int]:
+    """The newest good state before step ``spike`` and its step; ``rows`` go on behind the batches since.
+
+    Later checkpoints are moved to RUN_DIR/damaged. ``state``: of now, whose counters are kept.
+
+    Raises:
+        BadInput: the run has gone back as often as it may.
+    """
+    limit, times = job.config.guard.max_rollbacks, int(fetch(state.rollbacks)) + 1
+    if times > limit:
+        raise BadInput(
+            f"step {spike}: the loss spiked, and the run has gone back {limit} time(s) already (guard.max_rollbacks = "
+            f"{limit}); lower optimizer.learning_rate, look at the data, or raise guard.spike_factor"
+        )
+    step = int(exchange(on_first(lambda: str(_choose_step(run, say, below=spike) or 0)) or "")[0])
+    if step:
+        items = {name: item for name, item in items_of(job.state, rows).items() if name != "data"}
+        found = _state_of(load(run.checkpoints, step, items), job, step)
+    else:
+        found = job.init_state()
+    say(f"back to step {step} without the {spike - step} batches since ({times} of {limit} times)")
+    counted = jax.device_put(jnp.int32(times), job.state.rollbacks.sharding)
+    return dataclasses.replace(found, skipped=state.skipped, rollbacks=counted), step
+
+
+def _state_of(loaded: Items, job: Job, step: int) -> TrainState:
     variables = variables_of(loaded, job.state.variables)
-    state = TrainState(
+    return TrainState(
         step=jnp.asarray(step, jnp.int32, device=job.state.step.sharding),
         params=variables.params,
         opt_state=loaded["optimizer"],
@@ -111,12 +143,10 @@ def resume_or_start(
         rollbacks=loaded["guard"]["rollbacks"],
         ema=loaded.get("ema", {}),
     )
-    say(f"resuming {run.path} from step {step}")
-    return state, step
 
 
-def _choose_step(run: RunDir, say: Callable[[str], None]) -> int | None:
-    """The newest good step; damaged ones later than it are moved out of the way."""
-    step = newest_good_step(run.checkpoints, report=say)
+def _choose_step(run: RunDir, say: Callable[[str], None], below: int | None = None) -> int | None:
+    """The newest good step, ``below`` a step; later ones are moved out of the way."""
+    step = newest_good_step(run.checkpoints, report=say, below=below)
     set_aside(run.checkpoints, after=-1 if step is None else step)
     return step

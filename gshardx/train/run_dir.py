@@ -21,6 +21,8 @@ FREE_TO_CHANGE = (
     "train.sample_tokens",
     "train.trace_every",
     "checkpoint.",
+    "guard.",
+    "debug.",
     "data.on_error",
     "data.workers",
     "data.prefetch",
@@ -56,6 +58,10 @@ class RunDir:
     @property
     def routing(self) -> Path:
         return self.path / "routing"
+
+    @property
+    def hlo(self) -> Path:
+        return self.path / "hlo"
 
     @property
     def config(self) -> Path:

@@ -34,6 +34,8 @@ class StepMetrics(NamedTuple):
     """Of the next step's balance losses."""
     skipped: Int[Array, ""]
     """Steps of the run so far, this one included, that changed nothing: their gradients were not finite."""
+    rollbacks: Int[Array, ""]
+    """Times that the run has gone back to a checkpoint."""
     experts: Int[Array, "layer b t k"] | None
     """Each token's choices, for a routing trace; None unless the config asks for them."""
 
@@ -90,6 +92,7 @@ class TrainStep:
             outcome.stats,
             state.balance_weight,
             state.skipped,
+            state.rollbacks,
             outcome.experts,
         )
         return state, metrics
@@ -143,15 +146,15 @@ def abstract_batch(batch_size: int, sequence_length: int, mesh: Mesh) -> Batch:
 
 
 def compile_train_step(
-    step: TrainStep, state: TrainState, batch: Batch, mesh: Mesh
+    step: TrainStep, state: TrainState, batch: Batch, mesh: Mesh, donate: bool = True
 ) -> CompiledStep[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Compile for abstract ``state`` and ``batch``; the state's buffers are reused (donated) for the next state."""
+    """Compile for abstract ``state`` and ``batch``; ``donate``: reuse the state's buffers for the next state."""
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return step(state, batch)
 
     shardings = jax.tree.map(lambda a: a.sharding, state)
-    return CompiledStep(train, (state, batch), mesh, donate=(0,), out_shardings=(shardings, None))
+    return CompiledStep(train, (state, batch), mesh, donate=(0,) if donate else (), out_shardings=(shardings, None))
 
 
 def compile_eval_step(blueprint: Blueprint, batch: Batch, mesh: Mesh) -> CompiledStep[[Variables, Batch], Array]:

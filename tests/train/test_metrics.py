@@ -33,7 +33,9 @@ def scalars(drop=(0.0, 0.0), load=(1.0, 3.0), tokens=100, seconds=2.0, flops=(10
     )
     aux = {"balance": np.float32([1.0, 1.2]), "z": np.float32([2.0, 4.0])}
     weight = np.float32([0.01, 0.03])
-    step = StepMetrics(np.float32(2.5), np.float32(0.5), np.int32(tokens), aux, stats, weight, None)
+    step = StepMetrics(
+        np.float32(2.5), np.float32(0.5), np.int32(tokens), aux, stats, weight, np.int32(0), np.int32(0), None
+    )
     return step_scalars(step, 1e-3, seconds, flops, peak)
 
 

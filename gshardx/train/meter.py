@@ -1,0 +1,62 @@
+"""From a step's metrics on the devices to a line in the run's files."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import jax
+
+from gshardx.train.flops import forward_flops_per_token, peak_flops
+from gshardx.train.guard import Guard
+from gshardx.train.job import Job
+from gshardx.train.metrics import Progress, Scalars, Trackers, step_scalars
+from gshardx.train.schedules import schedule
+from gshardx.train.step import StepMetrics
+
+
+class _Pending(NamedTuple):
+    step: int
+    metrics: StepMetrics
+
+
+class Meter:
+    """Fetches each step's metrics when the next step is under way, so that logging never keeps the device waiting."""
+
+    def __init__(
+        self, job: Job, guard: Guard, trackers: Trackers, progress: Progress, say: Callable[[str], None]
+    ) -> None:
+        config = job.config
+        self._guard, self._trackers, self._progress, self._config = guard, trackers, progress, config
+        self._learning_rate = schedule(config.optimizer, config.train.steps)
+        self._flops = forward_flops_per_token(config.model, job.blueprint.vocab, config.data.sequence_length)
+        self._peak, source = peak_flops(job.mesh.size)
+        say(f"MFU is against {self._peak / 1e12:.3g} TFLOP/s ({source})")
+        self._pending: _Pending | None = None
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that belongs to no step."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def put(self, step: int, metrics: StepMetrics) -> None:
+        self.flush()
+        self._pending = _Pending(step, metrics)
+
+    def flush(self, more: Scalars | None = None) -> None:
+        """Write the step that waits, and ``more`` beside it. Its time runs from when the step before it was written."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        fetched = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        rate = float(self._learning_rate(step - 1 - int(fetched.skipped)))  # skipped steps did not count
+        scalars = step_scalars(fetched, rate, seconds, self._flops, self._peak) | (more or {})
+        if more or step % self._config.train.log_every == 0:
+            self._trackers.write(step, scalars)
+        self._progress.show(step, scalars)
+        self._guard.see(step, fetched)
