@@ -54,7 +54,7 @@ class Meter:
         fetched = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        rate = float(self._learning_rate(step - 1 - int(fetched.skipped)))  # skipped steps did not count
+        rate = float(self._learning_rate(step - 1 - self._guard.skipped))  # skipped steps do not count
         scalars = step_scalars(fetched, rate, seconds, self._flops, self._peak) | (more or {})
         if more or step % self._config.train.log_every == 0:
             self._trackers.write(step, scalars)
