@@ -122,10 +122,9 @@ def test_a_run_goes_on_from_its_files_on_another_mesh(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_run_ends_bit_for_bit_where_it_would_have(tmp_path, name):
-    mesh = MeshConfig(data=2, fsdp=2, expert=2)
-    _, straight = trained(tmp_path, "straight", config(tmp_path, mesh, OPTIMIZERS[name], 4))
-    trained(tmp_path, "resumed", config(tmp_path, mesh, OPTIMIZERS[name], 2))
-    _, resumed = trained(tmp_path, "resumed", config(tmp_path, mesh, OPTIMIZERS[name], 4))
+def test_a_resumed_run_ends_bit_for_bit_where_it_would_have(tmp_path):
+    mesh, optimizer = MeshConfig(data=2, fsdp=2, expert=2), dataclasses.replace(OPTIMIZERS["muon"], ema_decay=0.9)
+    _, straight = trained(tmp_path, "straight", config(tmp_path, mesh, optimizer, 4))
+    trained(tmp_path, "resumed", config(tmp_path, mesh, optimizer, 2))
+    _, resumed = trained(tmp_path, "resumed", config(tmp_path, mesh, optimizer, 4))
     assert [line for line in resumed if line["step"] > 2] == straight[2:]
