@@ -76,6 +76,17 @@ IMPOSSIBLE = [
         ["model.moe.group_size = 1024", "600 tokens"],
         "model.moe.group_size",
     ),
+    (
+        {"optimizer.schedule": "inverse_sqrt", "optimizer.warmup_steps": 0},
+        ["schedule = inverse_sqrt", "warmup_steps = 0"],
+        "optimizer.decay_start",
+    ),
+    (
+        {"optimizer.schedule": "inverse_sqrt", "optimizer.decay_start": 10},
+        ["decay_start = 10 ", "warmup_steps = 50"],
+        "optimizer.decay_start",
+    ),
+    ({"optimizer.decay_fraction": 1.5}, ["optimizer.decay_fraction = 1.5"], "optimizer.decay_fraction"),
     ({"checkpoint.keep": 1}, ["checkpoint.keep = 1"], "checkpoint.keep"),
     ({"checkpoint.keep": 0}, ["checkpoint.keep = 0"], "checkpoint.keep"),
     ({"mesh.expert": 0}, ["mesh.expert = 0"], "mesh.expert"),
@@ -100,6 +111,20 @@ def test_a_contradiction_names_both_values_and_mends_that_work(case):
     assert found
     for name, value in found:
         build({**values, name: value})
+
+
+def test_a_schedule_s_own_field_needs_that_schedule():
+    message = complaint({"optimizer.decay_start": 100, "optimizer.schedule": "wsd"})
+    assert "optimizer.decay_start = 100" in message
+    assert "optimizer.schedule = wsd; use inverse_sqrt, or leave decay_start null" in message
+    build({"optimizer.decay_start": 100, "optimizer.schedule": "inverse_sqrt"})
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -1.0, float("nan")])
+def test_an_average_counts_its_steps_more_than_not_and_less_than_fully(decay):
+    message = complaint({"optimizer.ema_decay": decay})
+    assert f"optimizer.ema_decay = {decay}" in message
+    assert "use 0.999, or null" in message
 
 
 def test_weights_that_follow_drops_need_drops():

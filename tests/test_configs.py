@@ -1,5 +1,6 @@
 """Every config is one that a command takes, and those of the scaling study have the sizes that were published."""
 
+import dataclasses
 import math
 import re
 from functools import cache
@@ -7,15 +8,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 from flax import nnx
 
+from gshardx.cli import parse_config
 from gshardx.cli import read_config as read_file
 from gshardx.layers.routing import Capacity
 from gshardx.models.decoder import Decoder
 from gshardx.models.moe import check_router_options
+from gshardx.train.schedules import schedule
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+OPTIMIZERS = sorted((ROOT / "configs/optimizers").glob("*.yaml"))
+"""Laid over another config; the others stand alone."""
+FILES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*OPTIMIZERS})
 GSHARD = sorted((ROOT / "configs/gshard").glob("*.yaml"))
 
 
@@ -84,6 +90,27 @@ def test_a_config_is_read_and_its_header_names_it(file):
     assert ROOT / named == file
     for part in ("Time:", "Expect:"):
         assert part in header(file)
+
+
+@pytest.mark.parametrize("file", OPTIMIZERS, ids=lambda file: file.stem)
+def test_an_optimizer_s_preset_changes_nothing_else_of_the_config_that_it_is_laid_over(file):
+    (under, over) = re.findall(r"python -m gshardx\.train --config (\S+) --config (\S+)", header(file))[0]
+    assert (ROOT / under, ROOT / over) == (ROOT / "configs/quickstart.yaml", file)
+    below = read_config(ROOT / under)
+    config, _ = parse_config("gshardx", "", ["--config", str(ROOT / under), "--config", str(file)])
+    assert dataclasses.replace(config, optimizer=below.optimizer) == below
+    named = yaml.safe_load(file.read_text())["optimizer"]
+    assert dataclasses.replace(below.optimizer, **named) == config.optimizer != below.optimizer
+
+
+def test_gshard_s_optimizer_has_the_paper_s_settings():
+    """Factored, beta1 0, decay 1 - t^-0.8, clipped at 1.0, 1.0 / sqrt(step) after 10,000 steps: the parts that are
+    numbers here; the others are Adafactor's own, held to a twin in tests/train/test_optimizer.py."""
+    optimizer = read_config(ROOT / "configs/optimizers/adafactor_gshard.yaml").optimizer
+    assert (optimizer.name, optimizer.schedule, optimizer.beta1) == ("adafactor", "inverse_sqrt", 0.0)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.0, None)
+    rate = schedule(optimizer, steps=1)
+    assert [float(rate(step)) for step in (0, 10_000, 250_000)] == pytest.approx([0.01, 0.01, 0.002])
 
 
 @pytest.mark.parametrize("file", GSHARD + sorted((ROOT / "configs/models").glob("*.yaml")), ids=lambda file: file.stem)

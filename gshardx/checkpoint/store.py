@@ -1,7 +1,8 @@
 """Checkpoints of a run: asynchronous, sharded, checksummed. The only module that knows Orbax.
 
-RUN_DIR/checkpoints/STEP holds the items ``params``, ``optimizer``, ``rng`` and ``data``, each readable alone, and a
-manifest of checksums. Each array is a folder of its own (no OCDBT), so that a damaged file names its array.
+RUN_DIR/checkpoints/STEP holds items such as ``params``, ``optimizer``, ``ema``, ``rng`` and ``data``, each readable
+alone, and a manifest of checksums. Each array is a folder of its own (no OCDBT), so that a damaged file names its
+array.
 """
 
 import contextlib

@@ -12,6 +12,7 @@ from gshardx.config import Config, ModelConfig
 from gshardx.errors import BadInput
 from gshardx.layers import Capacity
 from gshardx.layers.remat import REMAT
+from gshardx.plan import update
 from gshardx.plan.network import seconds
 from gshardx.plan.program import Serving, vocabulary
 from gshardx.plan.report import Plan
@@ -91,19 +92,20 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     local = sizes.not_over_fsdp + sizes.over_fsdp / (mesh.fsdp if config.train.zero_stage == 3 else 1)
     split = sizes.not_over_fsdp + sizes.over_fsdp / mesh.fsdp
     micro = config.train.accumulation_steps
-    flops = micro * _flops(config, sizes)
-    update = 7 * _FP32 * split  # read parameter, two moments and gradient; write the first three
+    flops = micro * _flops(config, sizes) + update.flops(config)
+    held = _FP32 * update.state(config, sizes.vocab, split)
+    updating = 3 * _FP32 * split + 2 * held  # read parameter, gradient and state; write the first and the last
     adding = 0 if micro == 1 else 3 * _FP32 * split * micro  # read the sum and the new gradient, write the sum
-    traffic = micro * _traffic(config, sizes) + adding + update
+    traffic = micro * _traffic(config, sizes) + adding + updating
     return Estimate(
         parameters=_FP32 * local,
-        optimizer=2 * _FP32 * split,
+        optimizer=held,
         gradients=_FP32 * (split if config.train.zero_stage >= 2 else local),
         activations=_activations(model, sizes, mesh.tensor, model.remat),
         working=_working(config, sizes, local) + (_FP32 * local if micro > 1 else 0),
         compute=flops / chip.peak_flops,
         memory=traffic / chip.hbm_bandwidth,
-        update=update / chip.hbm_bandwidth,
+        update=updating / chip.hbm_bandwidth,
         interconnect=sum(_sends(config, sizes, topology, mesh)),
         tokens=config.train.batch_size * config.data.sequence_length,
     )
@@ -244,6 +246,8 @@ def _sends(config: Config, sizes: _Sizes, topology: Topology, mesh: MeshConfig) 
     yield took("all-reduce", sizes.expert / mesh.fsdp * sizes.itemsize, "data")
     count, rows = _partial_sums(model, sizes)
     yield took("all-reduce", rows * model.width * sizes.itemsize, "tensor", count=count)
+    for op, axis, number, values in update.sends(config):
+        yield took(op, values * _FP32, axis, count=number)
 
 
 def _partial_sums(model: ModelConfig, sizes: _Sizes) -> tuple[int, float]:

@@ -120,7 +120,7 @@ def _inputs(config: Config, plan: Blueprint, mesh: Mesh, step: Step, serving: Se
         if step == "forward":
             return Inputs(job.blueprint.params)
         gradients = job.split if config.train.zero_stage == 2 else job.blueprint.params
-        return Inputs(job.blueprint.params, optimizer=job.state.opt_state, gradients=gradients)
+        return Inputs(job.blueprint.params, optimizer=(job.state.opt_state, job.state.ema), gradients=gradients)
     state = decode.abstract_state(plan, serving.rows, serving.length, mesh)
     return Inputs(plan.params, kv_cache=(state.k, state.v))
 

@@ -29,7 +29,7 @@ def lion(beta1, beta2, shape):
 
 
 def adafactor(beta1, shape):
-    """arXiv 1804.04235, algorithms 4 (matrices) and 5 (vectors), with its section 9's constants."""
+    """arXiv 1804.04235, algorithms 4 (matrices) and 5 (vectors) with algorithm 6's constants."""
     rows, columns, v = np.zeros(shape[0]), np.zeros(shape[-1]), np.zeros(shape)
     m, t, direction = np.zeros(shape), 0, None
     while True:

@@ -11,10 +11,11 @@ from gshardx.config import OptimizerConfig
 from gshardx.models.build import Params
 from gshardx.train.optimizers.groups import Names, matrix_of, own_dimensions
 
-_EXPONENT = 0.8  # of the second moment's decay, 1 - t^-0.8: the paper's section 7.2, GShard's appendix
-_TINY = 1e-30  # added to squares: the paper's epsilon 1
-_LEAST_SCALE = 1e-3  # of a parameter, so that zeros can move: the paper's epsilon 2
-_CLIP = 1.0  # largest root mean square of an update: the paper's d
+# The paper's algorithm 6, which GShard's appendix repeats:
+_EXPONENT = 0.8  # of the second moment's decay, 1 - t^-0.8
+_TINY = 1e-30  # added to squares: epsilon 1
+_LEAST_SCALE = 1e-3  # of a parameter, so that zeros can move: epsilon 2
+_CLIP = 1.0  # largest root mean square of an update: d
 
 
 def adafactor(config: OptimizerConfig, axes: Params) -> optax.GradientTransformation:
