@@ -65,7 +65,7 @@ def tokenize(settings: Settings) -> None:
         sources = _sources(settings, faults)
         plan = _plan(settings, sources)
         if not _begun(folder, plan):
-            _write(folder / PLAN, plan)
+            write_json(folder / PLAN, plan)
         if (folder / INDEX).exists():
             print(f"{folder}: done already")
             return
@@ -206,7 +206,7 @@ def _write_shards(
             writer.write(document)
             read += 1
         shard = writer.finish(read)
-        _write(folder / f"{shard.name}.json", dataclasses.asdict(shard))
+        write_json(folder / f"{shard.name}.json", dataclasses.asdict(shard))
         yield shard
 
 
@@ -224,7 +224,7 @@ def _finish(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer, shards: li
         raise BadInput(f"{plan['sources'][0]['file']}: no text in it; give files with at least one document{broken}")
     tokens = sum(shard.tokens for shard in shards)
     documents = sum(shard.documents for shard in shards)
-    _write(
+    write_json(
         folder / INDEX,
         {
             "format": FORMAT,
@@ -247,7 +247,7 @@ def _finish(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer, shards: li
     )
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
     scratch = path.with_suffix(".part")
     scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -195,14 +195,10 @@ def test_a_file_that_shrank_is_named(harmed):
 
 
 def test_a_damaged_record_is_named_where_it_is_read_or_becomes_padding(harmed):
-    held = RecordCorpus(harmed, Faults())
-    target = whole_document(held, int(np.argmax(held.lengths)), Faults())[10:60].astype(np.uint16).tobytes()
     for file in harmed.glob("*.arrayrecord"):
         data = bytearray(file.read_bytes())
-        for at in range(len(data)):  # Snappy keeps most tokens as they are, but not all runs
-            if data[at : at + 8] == target[:8]:
-                data[at] ^= 1
-                file.write_bytes(data)
+        data[200] ^= 255  # in one of the first records
+        file.write_bytes(data)
     config = DataConfig(path=str(harmed), sequence_length=32, on_error="skip")
     text = read_text(config)
     failing, skipping = (training_rows(text.blocks, 32, 4, on_error=policy) for policy in ("fail", "skip"))
