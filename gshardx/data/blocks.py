@@ -23,6 +23,8 @@ class Block(NamedTuple):
     """1, 2, 3 ... within the row."""
     corpus: Int[np.ndarray, "spans"]
     spans: Spans
+    skipped: int = 0
+    """Broken documents that were left out of it."""
 
 
 class Blocks(Protocol):

@@ -7,7 +7,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import tokenizers
 from jaxtyping import Integer
 
 from gshardx.data.tokenizer import Tokenizer
@@ -35,7 +34,7 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer, workers: int) -> Iterato
         return
     spawn = multiprocessing.get_context("spawn")
     pending: deque[tuple[list[str], Future[list[np.ndarray]]]] = deque()
-    with ProcessPoolExecutor(workers, spawn, _start, (tokenizer.text,)) as pool:
+    with ProcessPoolExecutor(workers, spawn, _start, (tokenizer,)) as pool:
         for batch in batches:
             pending.append((batch, pool.submit(_encode, batch)))
             if len(pending) >= _AHEAD * workers:
@@ -62,9 +61,9 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _start(tokenizer: str) -> None:
+def _start(tokenizer: Tokenizer) -> None:
     global _tokenizer
-    _tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer), "the tokenizer")
+    _tokenizer = tokenizer
 
 
 def _encode(texts: list[str]) -> list[np.ndarray]:

@@ -81,12 +81,13 @@ class RowIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
     def __next__(self) -> dict[str, np.ndarray]:
         of, faults = self._of, Faults(self._of.on_error)
         rows = empty_rows(len(of.mine), of.sequence_length)
-        done = 0
+        done = skipped = 0
         for block, first, count in self._walk.take(of.batch):
+            skipped += block.skipped if first == 0 else 0
             fill(rows, block, first, self._local[done : done + count], faults)
             done += count
         rows["weights"] = (rows["segments"] > 0).astype(np.float32)
-        rows["place"] = np.asarray([*self._walk.place, faults.count])
+        rows["place"] = np.asarray([*self._walk.place, skipped + faults.count])
         self._walk.skip(((of.slice.step or 1) - 1) * of.batch)
         return rows
 

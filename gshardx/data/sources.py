@@ -11,6 +11,7 @@ from gshardx.config import DataConfig
 from gshardx.data.corpora import Chain, Corpus, MemoryCorpus, hashes_of, held_out, whole_document
 from gshardx.data.documents import read_documents
 from gshardx.data.faults import Faults
+from gshardx.data.hub import is_stream
 from gshardx.data.order import temperature_weights
 from gshardx.data.records import TOKENIZER, RecordCorpus, is_tokenized
 from gshardx.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -59,6 +60,9 @@ def open_sources(config: DataConfig, faults: Faults) -> Sources:
         BadInput: nothing there, something broken, or sources with different tokenizers.
     """
     paths = [config.path] if isinstance(config.path, str) else list(config.path)
+    for path in [*paths, *config.mixture]:
+        if is_stream(path):
+            raise BadInput(f"{path}: a stream can't be mixed; turn it into a folder by python -m gshardx.data tokenize")
     named = [[source] for source in config.mixture] or [paths]
     where = "data.mixture" if config.mixture else "data.path ="
     parts = [[_open(path, config, faults, where) for path in paths] for paths in named]

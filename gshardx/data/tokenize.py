@@ -20,6 +20,7 @@ from gshardx.data.documents import Reading, documents_in
 from gshardx.data.encoding import Encoded, encoded
 from gshardx.data.faults import Faults, Policy
 from gshardx.data.files import digest_of, find_files
+from gshardx.data.hub import is_stream, stream_documents
 from gshardx.data.progress import Bar
 from gshardx.data.records import FORMAT, INDEX, RECORD_TOKENS, TOKENIZER, Shard
 from gshardx.data.shards import ShardWriter
@@ -61,17 +62,17 @@ def tokenize(settings: Settings) -> None:
     held = _hold(folder)
     try:
         faults = Faults(settings.on_error)
-        files = [file for path in settings.path for file in find_files(path, faults, "--path")]
-        plan = _plan(settings, files)
+        sources = _sources(settings, faults)
+        plan = _plan(settings, sources)
         if not _begun(folder, plan):
-            _write(folder / PLAN, plan)
+            write_json(folder / PLAN, plan)
         if (folder / INDEX).exists():
             print(f"{folder}: done already")
             return
-        tokenizer = _tokenizer(settings, files, folder)
+        tokenizer = _tokenizer(settings, sources, folder)
         shards = _finished(folder)
         with Bar("tokenize", sum(source["bytes"] for source in plan["sources"])) as bar:
-            texts = documents_in(files, Reading(settings.column, faults, bar.advance))
+            texts = _texts(sources, Reading(settings.column, faults, bar.advance))
             shards += _write_shards(settings, tokenizer, texts, folder, shards)
         _finish(folder, plan, tokenizer, shards, faults)
     finally:
@@ -91,19 +92,40 @@ def _hold(folder: Path) -> IO[str]:
     return held
 
 
-def _plan(settings: Settings, files: list[Path]) -> dict[str, Any]:
+def _sources(settings: Settings, faults: Faults) -> list[Path | str]:
+    """Files, and streams by their address."""
+    found: list[Path | str] = []
+    for path in settings.path:
+        found += [path] if is_stream(path) else find_files(path, faults, "--path")
+    return found
+
+
+def _texts(sources: list[Path | str], reading: Reading) -> Iterator[str]:
+    for source in sources:
+        if isinstance(source, Path):
+            yield from documents_in([source], reading)
+        else:
+            yield from (text for text in stream_documents(source, reading.column, reading.faults) if text.strip())
+
+
+def _size(source: Path | str) -> int:
+    return source.stat().st_size if isinstance(source, Path) else 0
+
+
+def _plan(settings: Settings, sources: list[Path | str]) -> dict[str, Any]:
     """What decides every byte of the folder. Workers do not."""
     decides = dataclasses.asdict(settings)
     for name in ("out", "workers", "path"):
         del decides[name]
-    with Bar("check files", sum(file.stat().st_size for file in files)) as bar:
-        sources = []
-        for file in files:
-            sources.append({"file": str(file), "bytes": file.stat().st_size, "sha256": digest_of(file)})
-            bar.advance(file.stat().st_size)
+    with Bar("check files", sum(map(_size, sources))) as bar:
+        listed = []
+        for source in sources:
+            digest = digest_of(source) if isinstance(source, Path) else ""
+            listed.append({"file": str(source), "bytes": _size(source), "sha256": digest})
+            bar.advance(_size(source))
     if settings.tokenizer not in ("bpe", "bytes"):
         decides["tokenizer_sha256"] = hashlib.sha256(load_tokenizer(Path(settings.tokenizer)).text.encode()).hexdigest()
-    return {"format": FORMAT, **decides, "sources": sources}
+    return {"format": FORMAT, **decides, "sources": listed}
 
 
 def _begun(folder: Path, plan: dict[str, Any]) -> bool:
@@ -129,13 +151,13 @@ def _begun(folder: Path, plan: dict[str, Any]) -> bool:
     return False
 
 
-def _tokenizer(settings: Settings, files: list[Path], folder: Path) -> Tokenizer:
+def _tokenizer(settings: Settings, sources: list[Path | str], folder: Path) -> Tokenizer:
     """The folder's own, once it is there."""
     path = folder / TOKENIZER
     if path.exists():
         return load_tokenizer(path)
     if settings.tokenizer == "bpe":
-        made = _trained(settings, files)
+        made = _trained(settings, sources)
     else:
         made = build_tokenizer(settings.tokenizer, settings.vocab_size, [])
     scratch = path.with_suffix(".part")
@@ -144,12 +166,12 @@ def _tokenizer(settings: Settings, files: list[Path], folder: Path) -> Tokenizer
     return made
 
 
-def _trained(settings: Settings, files: list[Path]) -> Tokenizer:
+def _trained(settings: Settings, sources: list[Path | str]) -> Tokenizer:
     """A BPE trained on what a run with the same validation_fraction trains on: two more readings of the text."""
-    total = sum(file.stat().st_size for file in files)
+    total = sum(map(_size, sources))
     with Bar("split", total) as bar:
         reading = Reading(settings.column, Faults(settings.on_error), bar.advance)
-        found = [(hash_of(data), len(data)) for data in (text.encode() for text in documents_in(files, reading))]
+        found = [(hash_of(data), len(data)) for data in (text.encode() for text in _texts(sources, reading))]
     if not found:
         raise BadInput(f"--path {' '.join(settings.path)}: no text in it; give files with at least one document")
     hashes = np.asarray([one for one, _ in found], np.uint64)
@@ -158,7 +180,7 @@ def _trained(settings: Settings, files: list[Path]) -> Tokenizer:
     if chance < 1:
         use &= (hashes & np.uint64(0xFFFFFFFF)) < np.uint64(chance * (1 << 32))
     with Bar("train tokenizer", total) as bar:
-        texts = documents_in(files, Reading(settings.column, Faults(settings.on_error), bar.advance))
+        texts = _texts(sources, Reading(settings.column, Faults(settings.on_error), bar.advance))
         return train_bpe(settings.vocab_size, (text for text, used in zip(texts, use, strict=False) if used))
 
 
@@ -184,7 +206,7 @@ def _write_shards(
             writer.write(document)
             read += 1
         shard = writer.finish(read)
-        _write(folder / f"{shard.name}.json", dataclasses.asdict(shard))
+        write_json(folder / f"{shard.name}.json", dataclasses.asdict(shard))
         yield shard
 
 
@@ -202,7 +224,7 @@ def _finish(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer, shards: li
         raise BadInput(f"{plan['sources'][0]['file']}: no text in it; give files with at least one document{broken}")
     tokens = sum(shard.tokens for shard in shards)
     documents = sum(shard.documents for shard in shards)
-    _write(
+    write_json(
         folder / INDEX,
         {
             "format": FORMAT,
@@ -225,7 +247,7 @@ def _finish(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer, shards: li
     )
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
     scratch = path.with_suffix(".part")
     scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

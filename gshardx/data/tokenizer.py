@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,9 @@ class Tokenizer:
         inner.no_padding()
         self.inner = inner
         self.end = int(inner.get_vocab()[ends[0]])
+
+    def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
+        return _from_text, (self.text,)
 
     @property
     def vocab_size(self) -> int:
@@ -85,6 +88,11 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         path.write_text(self.text, encoding="utf-8")
+
+
+def _from_text(text: str) -> Tokenizer:
+    """In a worker, from another process's."""
+    return Tokenizer(tokenizers.Tokenizer.from_str(text), "the tokenizer")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

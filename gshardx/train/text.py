@@ -6,9 +6,12 @@ import numpy as np
 
 from gshardx.config import DataConfig
 from gshardx.data.blocks import Blocks, Mixture
+from gshardx.data.corpora import MemoryCorpus
 from gshardx.data.faults import Faults
+from gshardx.data.hub import is_stream
 from gshardx.data.sources import Sources, open_sources
-from gshardx.data.tokenizer import Tokenizer
+from gshardx.data.stream import Stream, StreamBlocks
+from gshardx.data.tokenizer import Tokenizer, build_tokenizer
 
 XZ_AT_MOST = 8_000_000
 """Bytes of text up to which the xz comparison takes seconds, and the text is kept for it."""
@@ -33,6 +36,8 @@ class Text:
 def read_text(config: DataConfig, seed: int = 0) -> Text:
     """Open what ``config`` names; see :mod:`gshardx.data.sources` for what is raised. ``seed``: of the order."""
     faults = Faults(config.on_error)
+    if isinstance(config.path, str) and is_stream(config.path):
+        return _read_stream(config, seed, faults)
     sources = open_sources(config, faults)
     held_out, size = sources.held_out_documents(faults)
     training, kept = _short_texts(sources)
@@ -45,6 +50,22 @@ def read_text(config: DataConfig, seed: int = 0) -> Text:
         skipped=faults.summary,
         training_documents=training,
         held_out_documents=kept,
+    )
+
+
+def _read_stream(config: DataConfig, seed: int, faults: Faults) -> Text:
+    """A Hugging Face dataset: of its first documents some are held out, and train the BPE."""
+    stream = Stream(str(config.path), config.column, config.validation_fraction, config.on_error)
+    training, held_out = stream.head(faults)
+    tokenizer = build_tokenizer(config.tokenizer, config.vocab_size, training)
+    encoded = tokenizer.encode_documents(held_out)
+    return Text(
+        tokenizer=tokenizer,
+        blocks=StreamBlocks(stream, tokenizer, config.sequence_length, config.packing, seed),
+        held_out=encoded,
+        held_out_bytes=sum(len(text.encode()) for text in held_out),
+        digest=MemoryCorpus(tokenizer.encode_documents(training)).digest,
+        skipped=faults.summary,
     )
 
 
