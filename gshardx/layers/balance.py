@@ -25,27 +25,19 @@ class Gating(NamedTuple):
 
 
 Sums = tuple[Float[Array, "..."], ...]
-"""Over tokens: those of two groups, devices or micro-batches add up to those of both together."""
-
-LossSums = dict[str, Sums]
+"""Over tokens, so that those of groups, devices and micro-batches add up."""
 
 
 class Loss(abc.ABC):
-    """A scalar of what a router decided for a whole batch, from additive sums. Losses are frozen dataclasses, so that a
-    layer that holds one can be hashed.
+    """A scalar of what a router decided for a whole batch: the ``value`` of sums. Two sums are a total and the tokens
+    that it is over: their ratio. Losses are frozen dataclasses, so that a layer that holds one can be hashed.
     """
 
     @abc.abstractmethod
     def sums(self, gating: Gating) -> Sums: ...
 
-    @property
-    def mean(self) -> bool:
-        """Whether the value is ``sums[0]`` over ``sums[1]`` tokens: then a micro-batch's share of the gradient needs no
-        other micro-batch."""
-        return False
-
     def value(self, sums: Sums) -> Float[Array, ""]:
-        return sums[0] / jnp.maximum(sums[1], 1.0) if self.mean else evenness(*sums)
+        return sums[0] / jnp.maximum(sums[1], 1.0) if len(sums) == 2 else evenness(*sums)
 
     def __call__(self, gating: Gating) -> Float[Array, ""]:
         return self.value(self.sums(gating))
@@ -65,17 +57,12 @@ class BalanceLoss(Loss):
     choices: Literal["first", "all"] = "all"
     over: Literal["group", "batch"] = "group"
 
-    @property
-    def mean(self) -> bool:
-        return self.over == "group"
-
     def sums(self, gating: Gating) -> Sums:
         experts = gating.experts[..., :1] if self.choices == "first" else gating.experts
-        by_group = _shares(gating, experts)
+        share, gate, tokens = _shares(gating, experts)
         if self.over == "batch":
-            return tuple(x.sum(0) for x in by_group)
-        tokens = by_group[2]
-        return jnp.sum(evenness(*by_group) * tokens), tokens.sum()
+            return share.sum(0), gate.sum(0), tokens.sum()
+        return jnp.sum(evenness(share, gate, tokens) * tokens), tokens.sum()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +98,6 @@ class CommunicationLoss(DeviceLoss):
 @dataclasses.dataclass(frozen=True)
 class ZLoss(Loss):
     """``mean logsumexp(logits)**2`` over real tokens (ST-MoE, arXiv 2202.08906 eq. 5): keeps logits small."""
-
-    @property
-    def mean(self) -> bool:
-        return True
 
     def sums(self, gating: Gating) -> Sums:
         real = gating.valid.astype(jnp.float32)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.layers.attention import Attention
-from gshardx.layers.balance import LossSums
+from gshardx.layers.balance import Sums
 from gshardx.layers.draws import dropout, folded
 from gshardx.layers.experts import FeedForward
 from gshardx.layers.memory import Memory
@@ -127,7 +127,7 @@ class Stack(nnx.Module):
         """:meth:`Router.after_step` of every layer."""
         return jax.vmap(self.router.after_step, axis_size=self.count)(state)
 
-    def loss_values(self, sums: LossSums) -> Losses:
+    def loss_values(self, sums: dict[str, Sums]) -> Losses:
         """Each layer's losses, from the sums of one or more batches."""
         return {name: jax.vmap(loss.value)(sums[name]) for name, loss in self.router.losses if name in sums}
 

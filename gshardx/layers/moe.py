@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.errors import BadInput
-from gshardx.layers.balance import LossSums
+from gshardx.layers.balance import Sums
 from gshardx.layers.dispatch import Dispatcher
 from gshardx.layers.draws import group_keys, row_keys
 from gshardx.layers.experts import Experts
@@ -21,7 +21,7 @@ class MoEMetrics(NamedTuple):
 
     losses: Losses
     """Unweighted; "balance" is 1.0 at perfect balance."""
-    loss_sums: LossSums
+    loss_sums: dict[str, Sums]
     stats: RouterStats
     state: RouterState
     """For the next call; between optimizer steps, ``router.after_step(state)``."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gshardx.layers import RouterState, RouterStats
-from gshardx.layers.balance import LossSums
+from gshardx.layers.balance import Sums
 from gshardx.layers.routing.statistics import merged
 from gshardx.models.build import Params
 from gshardx.sharding import shard
@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
     """Of a forward pass: sums, and what is not summed."""
 
     tokens: TokenLosses
-    losses: LossSums
+    losses: dict[str, Sums]
     stats: RouterStats
     router: RouterState
     """After this pass."""
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 Forward = Callable[[Params, Batch, Array, RouterState], Outcome]
 """Of parameters, rows, their keys and the routers' state."""
 
-Weighted = Callable[[TokenLosses, LossSums], Float[Array, ""]]
+Weighted = Callable[[TokenLosses, dict[str, Sums]], Float[Array, ""]]
 """The objective, of sums."""
 
 
@@ -66,8 +66,8 @@ class Micro(NamedTuple):
     """Neighbouring rows that share a group of tokens."""
     places: Params
     """Shardings in which the gradients add up."""
-    means: tuple[str, ...] | None
-    """The losses of the objective if all are means over tokens, whose slopes are known; None: look at all first."""
+    losses: tuple[str, ...]
+    """Auxiliary losses that are part of the objective."""
 
 
 def accumulated(
@@ -88,14 +88,15 @@ def accumulated(
     def look(total: Outcome, piece: tuple[Batch, Array]) -> tuple[Outcome, None]:
         return total.add(forward(params, *piece, total.router)), None
 
-    if micro.means is None:
-        seen = jax.lax.scan(look, empty, pieces)[0].losses
-    else:  # the slope of a mean is 1 / tokens, whatever the sum that it divides
+    seen = {name: empty.losses[name] for name in micro.losses}
+    if all(len(sums) == 2 for sums in seen.values()):  # the slope of a mean is 1 / tokens, whatever the total
         real = jnp.sum(batch.segments > 0).astype(jnp.float32)
-        seen = {name: (total, jnp.full_like(total, real)) for name in micro.means for total, _ in [empty.losses[name]]}
+        seen = {name: (total, jnp.full_like(total, real)) for name, (total, _) in seen.items()}
+    else:
+        seen = jax.lax.scan(look, empty, pieces)[0].losses
     slopes = jax.lax.stop_gradient(jax.grad(weighted, argnums=(0, 1))(empty.tokens, seen))
 
-    def linear(tokens: TokenLosses, losses: LossSums) -> Array:
+    def linear(tokens: TokenLosses, losses: dict[str, Sums]) -> Array:
         found = (tokens, {name: losses[name] for name in seen})
         products = jax.tree.map(lambda slope, total: jnp.sum(slope * total), slopes, found)
         return jnp.asarray(sum(jax.tree.leaves(products)))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.config import TrainConfig
 from gshardx.layers import RouterState, RouterStats
-from gshardx.layers.balance import LossSums
+from gshardx.layers.balance import Sums
 from gshardx.layers.draws import row_keys
 from gshardx.models.build import Blueprint, Params, Variables
 from gshardx.sharding import CompiledStep, abstract_array
@@ -104,7 +104,7 @@ class TrainStep:
         stack, weights = self.plan.bind(state.params).stack, self.plan.config.moe.losses
         count = jnp.maximum(batch.weights.sum(), 1.0)
 
-        def weighted(tokens: TokenLosses, losses: LossSums) -> Array:
+        def weighted(tokens: TokenLosses, losses: dict[str, Sums]) -> Array:
             auxiliary = auxiliary_loss(stack.loss_values(losses), weights, state.balance_weight)
             return tokens.minimised / count + auxiliary
 
@@ -120,11 +120,10 @@ class TrainStep:
 
     def _micro(self, batch: Batch) -> Micro:
         moe, stack = self.plan.config.moe, self.plan.bind(self.plan.params).stack
-        losses = {name: loss for name, loss in stack.router.losses if name in {"balance", *moe.losses}}
-        means = tuple(losses) if all(loss.mean for loss in losses.values()) else None
+        losses = tuple(name for name, _ in stack.router.losses if name in {"balance", *moe.losses})
         together = rows_together(batch.tokens.shape[1], moe.group_size)
         places = self.places or jax.tree.map(lambda p: p.sharding, self.plan.params)
-        return Micro(self.config.accumulation_steps, together, places, means)
+        return Micro(self.config.accumulation_steps, together, places, losses)
 
 
 def _chosen(which: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from gshardx.layers.balance import Loss, LossSums
+from gshardx.layers.balance import Loss, Sums
 from gshardx.layers.routing.statistics import RouterStats
 
 RouterState = Any
@@ -37,7 +37,7 @@ class Routing:
     input_weights: Float[Array, "g s k"] | None
     """fp32, on the experts' inputs (Llama 4); None: inputs go as they are."""
     losses: Losses
-    loss_sums: LossSums
+    loss_sums: dict[str, Sums]
     """What ``losses`` are of; those of micro-batches add up."""
     stats: RouterStats
     state: RouterState
