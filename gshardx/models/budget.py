@@ -15,6 +15,8 @@ exchanges), and *sum* over parameters. Each operation's bytes are those that one
   parameter's bytes, whole over ``fsdp``.
 - **Activations** over ``tensor``: see :func:`_activations`.
 - **Logits** are gathered over ``tensor`` in inference, once: ``b v / tensor`` floats.
+- **Micro-batches** (``micro``) each send all of this, and where auxiliary losses need it
+  (:mod:`gshardx.train.accumulate`), a forward pass more.
 - **Statistics**: some vectors over experts in each MoE layer, and some scalars a parameter (:func:`_small`).
 
 Nothing else: no token, gate or expert's weight is ever gathered over ``expert``.
@@ -30,6 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gshardx.layers import Auto, MoE, Ragged
+from gshardx.layers.balance import Gating
 from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.routing import LinearRouter
 from gshardx.models.build import Blueprint, Params
@@ -45,6 +48,8 @@ class _Sizes(NamedTuple):
     """Of one step on one device; letters as in the module's docstring."""
 
     step: Step
+    first_pass: bool
+    """Whether a forward pass over all micro-batches comes before the others."""
     b: int
     t: int
     s: int
@@ -66,7 +71,7 @@ class _Sizes(NamedTuple):
 
 
 def step_budget(
-    plan: Blueprint, mesh: Mesh, step: Step, *, rows: int, tokens: int, split: Params | None = None
+    plan: Blueprint, mesh: Mesh, step: Step, *, rows: int, tokens: int, split: Params | None = None, micro: int = 1
 ) -> Budget:
     """The budget of ``step`` of the model ``plan`` on ``mesh``.
 
@@ -77,9 +82,11 @@ def step_budget(
         rows: sequences in the step, over all devices.
         tokens: of each row in this call; 1 in decode.
         split: abstract parameters where the optimizer's moments live, if elsewhere than the parameters (ZeRO 1 and 2).
+        micro: micro-batches of a training step.
     """
     moe = cast(MoE, plan.bind(plan.params).stack.units.sparse.feed_forward)
-    sizes = _sizes(plan, mesh, moe, step, rows, tokens)
+    first_pass = micro > 1 and _has_loss_over_batch(plan, moe)
+    sizes = _sizes(plan, mesh, moe, step, rows // micro, tokens)._replace(first_pass=first_pass)
     wide = {axis for axis, size in mesh.shape.items() if size > 1}
     small = _small(plan, moe, sizes)
     allowances: list[Allowance] = []
@@ -92,7 +99,15 @@ def step_budget(
     crossed = [axis for axis in BATCH_AXES if axis in wide and sizes.backward]
     # Statistics and norms go with the gradients.
     reduced = {axis: _reduced(plan.params, axis) + small for axis in crossed}
-    return Budget((*allowances, *_reductions(crossed)), small, reduced)
+    return Budget((*allowances, *_reductions(crossed)), small, reduced).times(micro)
+
+
+def _has_loss_over_batch(plan: Blueprint, moe: MoE) -> bool:
+    g, s, e, k = 1, 8, moe.router.num_experts, moe.router.top_k
+    shapes = [((g, s, e), jnp.float32), ((g, s, e), jnp.float32), ((g, s, k), jnp.int32), ((g, s), jnp.bool_)]
+    gating: Any = Gating(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))  # type: ignore[arg-type]
+    weighted = {"balance", *plan.config.moe.losses}
+    return any(len(jax.eval_shape(loss.sums, gating)) != 2 for name, loss in moe.router.losses if name in weighted)
 
 
 def _sizes(plan: Blueprint, mesh: Mesh, moe: MoE, step: Step, rows: int, tokens: int) -> _Sizes:
@@ -101,6 +116,7 @@ def _sizes(plan: Blueprint, mesh: Mesh, moe: MoE, step: Step, rows: int, tokens:
     router = cast(LinearRouter, moe.router)
     return _Sizes(
         step=step,
+        first_pass=False,
         b=rows // math.prod(mesh.shape[axis] for axis in BATCH_AXES),
         t=tokens,
         s=s,
@@ -121,14 +137,14 @@ def _exchanges(plan: Blueprint, moe: MoE, z: _Sizes) -> list[Allowance]:
     are multiplied in bfloat16 anyway, so there half the bytes are enough.
     """
     e, repeats = moe.router.num_experts, plan.config.remat == "full" and z.backward
-    passes = (1 + z.backward + repeats) * z.moe_layers
+    passes = (1 + z.backward + repeats + z.first_pass) * z.moe_layers
     computed = 4 if z.platform == "cpu" else jnp.dtype(plan.config.dtype).itemsize
     wire = 2 if plan.config.moe.wire == "bfloat16" else computed
     narrowest = 1.0 if z.platform == "cpu" else 2 / wire
     dispatcher = _dispatcher(moe, z)
     if not isinstance(dispatcher, Ragged):
         return [_counted("all-to-all", 2 * passes, 2 * passes * z.g * e * z.c * plan.config.width * wire, narrowest)]
-    counted = (1 + repeats) * z.moe_layers
+    counted = (1 + repeats + z.first_pass) * z.moe_layers
     row, bound = plan.config.width * wire, z.expert * z.b * z.t * min(moe.router.top_k, e // z.expert)
     if dispatcher.exchange == "padded" or (dispatcher.exchange == "auto" and z.platform == "cpu"):
         sent = 2 * passes * bound * row + counted * e * _FLOAT
@@ -166,7 +182,8 @@ def _gathers(plan: Blueprint, z: _Sizes, split: Params | None) -> list[Allowance
     later = plan.params if split is None or not z.backward else split
     names = jax.tree.leaves(plan.axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     for now, after, axes in zip(jax.tree.leaves(plan.params), jax.tree.leaves(later), names, strict=True):
-        times = (1 + z.backward) * ("fsdp" in _axes(now)) + ("fsdp" in _axes(after) and "fsdp" not in _axes(now))
+        passes = 1 + z.backward + z.first_pass
+        times = passes * ("fsdp" in _axes(now)) + ("fsdp" in _axes(after) and "fsdp" not in _axes(now))
         count += times * (now.shape[0] if axes[0] == "layer" else 1)  # a stack is gathered layer by layer
         sent += times * bytes_per_device(after)
     return [Allowance("all-gather", ("fsdp",), count, sent)]
@@ -216,7 +233,8 @@ def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) 
         ]
     total = a + forward + 3 * z.b * z.t * _FLOAT + small
     if z.backward:
-        total += a + backward + (forward if config.remat != "none" else 0)
+        repeated = config.remat not in ("none", "dots")
+        total += a + backward + repeated * forward + z.first_pass * (a + forward + small)
     return [Allowance("all-reduce", ("tensor",), bytes_per_device=total)]
 
 

@@ -193,6 +193,17 @@ class Budget:
             if kinds.count((op, axes)) > 1:
                 raise BadInput(f"budget: {op} over {'*'.join(axes)} is allowed twice; add the two up")
 
+    def times(self, n: int) -> "Budget":
+        """Of a step that does ``n`` times as much."""
+
+        def scaled(one: Allowance) -> Allowance:
+            count = None if one.count is None else n * one.count
+            most = None if one.bytes_per_device is None else n * one.bytes_per_device
+            return Allowance(one.op, one.axes, count, most, n * one.least, n * one.least_bytes)
+
+        reduced = {axis: n * most for axis, most in self.reduced.items()}
+        return Budget(tuple(map(scaled, self.allowances)), n * self.small, reduced)
+
     def breaches(self, found: Iterable[Collective]) -> list[str]:
         """One line for each way in which ``found`` leaves the budget; none if it keeps to it."""
         found = totals(found)

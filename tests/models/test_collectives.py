@@ -39,14 +39,14 @@ MESHES = [mesh for mesh in itertools.starmap(MeshConfig, PRODUCTS) if fits(mesh)
 FAST = [MeshConfig(expert=8), MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(fsdp=2, expert=2, tensor=2)]
 
 
-def compiled(step, model_config, mesh_config, zero_stage=3):
+def compiled(step, model_config, mesh_config, zero_stage=3, micro=1):
     """The compiled step, and its budget."""
     config = Config(
         model=model_config,
         mesh=mesh_config,
         data=DataConfig(sequence_length=LENGTH),
         optimizer=OptimizerConfig(warmup_steps=1),
-        train=TrainConfig(batch_size=ROWS, zero_stage=zero_stage),
+        train=TrainConfig(batch_size=ROWS * micro, zero_stage=zero_stage, accumulation_steps=micro),
     )
     job = Job.of(config, VOCAB)
     plan, mesh = job.blueprint, job.mesh
@@ -56,7 +56,8 @@ def compiled(step, model_config, mesh_config, zero_stage=3):
         program, tokens = compile_decode(plan, mesh, length=LENGTH, rows=ROWS), 1
     else:
         program, tokens = job.train_step if step == "train" else job.eval_step, LENGTH
-    return program, step_budget(plan, mesh, step, rows=ROWS, tokens=tokens, split=job.split)
+    rows = ROWS * micro if step == "train" else ROWS
+    return program, step_budget(plan, mesh, step, rows=rows, tokens=tokens, split=job.split, micro=micro)
 
 
 def breaches(*args, **options):
@@ -112,6 +113,18 @@ def test_the_compilers_log_is_seen(compiling_anew, capfd):
 
     CompiledStep(moved, (abstract_array((16, 16), jnp.float32, ("time", "model"), mesh),), mesh)
     assert INVOLUNTARY in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", [{"balance": 0.01}, {"balance": 0.01, "batch": 0.01}], ids=str)
+@pytest.mark.parametrize("mesh_config", FAST, ids=str)
+def test_micro_batches_send_as_often_and_a_first_pass_once_more(mesh_config, losses):
+    options = {"router": "top_k", "losses": losses}
+    program, budget = compiled("train", model(**options), mesh_config, micro=2)
+    assert budget.breaches(program.collectives) == []
+    one = compiled("train", model(**options), mesh_config)[0]
+    passes = 3 if "batch" in losses else 2
+    assert sent(program, "all-to-all")[0] * 2 == sent(one, "all-to-all")[0] * 2 * passes
 
 
 @pytest.mark.sweep
