@@ -93,11 +93,14 @@ class Job:
         """What evaluation and generation use of ``state``: the averaged weights where the run has them."""
         if not self._averages:
             return state.variables
-        return Variables(self._place_average(state.ema), state.router)
+        if self.config.train.zero_stage == 3:
+            return Variables(state.ema, state.router)
+        # Waited for: two programs in flight can starve each other on simulated devices.
+        return Variables(jax.block_until_ready(self._place_average(state.ema)), state.router)
 
     @cached_property
     def _place_average(self) -> CompiledStep[[Params], Params]:
-        """Brings the average, which lies with the moments, to where the parameters are (ZeRO 1 and 2)."""
+        """Brings the average, which lies with the moments, to where ZeRO 1 and 2 have the parameters."""
 
         def average(ema: Params) -> Params:
             return ema
