@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.layers.balance import BalanceLoss, Gating, ZLoss
-from gshardx.layers.routing.choice import take, top_k
+from gshardx.layers.routing.choice import drawn, take, top_k
 from gshardx.layers.routing.contract import RouterState, Routing
 from gshardx.layers.routing.linear import LinearRouter, normalised
 
@@ -103,14 +103,14 @@ class GShardRouter(LinearRouter):
         later = best[..., 1:]
         from_best = best[..., :-1]
         if self.second_expert == "sampling" and rng is not None:
-            drawn = logits + jax.random.gumbel(rng, logits.shape)
+            noisy = logits + drawn(jax.random.gumbel, rng, logits.shape)
             taken = best[..., :1] == jnp.arange(self.num_experts, dtype=jnp.int32)
-            later = top_k(jnp.where(taken, -jnp.inf, drawn), self.top_k - 1)
-            from_best = top_k(drawn, self.top_k - 1)
+            later = top_k(jnp.where(taken, -jnp.inf, noisy), self.top_k - 1)
+            from_best = top_k(noisy, self.top_k - 1)
         return jnp.concatenate([best[..., :1], jnp.where(first[..., None], later, from_best)], axis=-1)
 
     def _accept(self, weights: Float[Array, "g s k"], rng: Array | None) -> Bool[Array, "g s k"]:
         if self.second_expert != "random" or rng is None:
             return jnp.ones(weights.shape, bool)
-        coin = jax.random.uniform(rng, weights.shape) < weights / max(self.threshold, 1e-9)
+        coin = drawn(jax.random.uniform, rng, weights.shape) < weights / max(self.threshold, 1e-9)
         return coin.at[..., 0].set(True)

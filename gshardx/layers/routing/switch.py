@@ -8,13 +8,14 @@ The paper's capacity is 1.25 in training and 2.0 in evaluation: ``Capacity(1.25,
 dropless evaluation, as everywhere in gshardx.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 from jaxtyping import Array, Bool, Float
 
 from gshardx.layers.balance import Gating
-from gshardx.layers.routing.choice import take, top_k
+from gshardx.layers.routing.choice import drawn, take, top_k
 from gshardx.layers.routing.contract import RouterState, Routing
 from gshardx.layers.routing.linear import LinearRouter
 
@@ -33,7 +34,8 @@ class SwitchRouter(LinearRouter):
         self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState = ()
     ) -> Routing:
         if rng is not None and self.jitter > 0:
-            noise = jax.random.uniform(rng, tokens.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
+            around_1 = partial(jax.random.uniform, minval=1 - self.jitter, maxval=1 + self.jitter)
+            noise = drawn(around_1, rng, tokens.shape)
             tokens = tokens.astype(noise.dtype) * noise
         logits = self.logits(tokens)
         gates = jax.nn.softmax(logits, axis=-1)
