@@ -2,6 +2,7 @@
 here.
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 
 from gshardx.cli import parse_config
 from gshardx.sharding import MeshConfig
+from gshardx.sharding.hlo import parse
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -205,3 +207,61 @@ def test_meshes_of_the_study(scaling):
             planned, _ = parse_config("scaling", "", [f"--config={file}", *flags])
             assert planned.mesh.size == chips
             assert planned.train.batch_size == chips * (2 if config.startswith("gshard") else 1)
+
+
+@pytest.fixture
+def scaling_ops(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("scaling_ops")
+
+
+RECORDED = BENCHMARKS.parent / "tests" / "sharding" / "hlo"
+
+
+@pytest.mark.parametrize("file", sorted(RECORDED.glob("*.txt")), ids=lambda file: file.stem)
+def test_instructions_are_counted_as_the_planner_counts_them(scaling_ops, file):
+    assert scaling_ops.count(file.read_text()) == parse(file.read_text()).instructions > 0
+
+
+def test_stages_are_told_where_programs_part(scaling_ops):
+    shared = [("JAX's own program", 10, 10), ("fold", 9, 9), ("tpu-spmd-partitioning", 200, 202), ("fuse", 300, 315)]
+    after = [("schedule", 300, 316), ("remat", 300, 340), ("copy", 301, 341), ("last", 400, 425)]
+    left, right = ([scaling_ops.Stage(one[0], one[side]) for one in (*shared, *after)] for side in (1, 2))
+    left.insert(5, scaling_ops.Stage("only here", 7))
+    told = [name for name, _, _ in scaling_ops.partings(left, right)]
+    assert told == ["JAX's own program", "tpu-spmd-partitioning", "schedule", "remat", "last"]
+
+
+def test_instructions_that_one_program_has_more_of(scaling_ops):
+    text = (RECORDED / "tpu_v5e_fused.txt").read_text()
+    line = next(line for line in text.splitlines() if " fusion(" in line and " = " in line)
+    less, more = parse(text), parse(text.replace(line, f"{line}\n{line.replace(' = ', '.again = ', 1)}"))
+    by_op = lambda _, one: one.op  # noqa: E731
+    assert scaling_ops.differing(less, less, by_op) == "none"
+    assert scaling_ops.differing(less, more, by_op) == "fusion +1"
+    assert scaling_ops.differing(more, less, by_op) == "fusion -1"
+
+
+def test_compiling_stops_behind_the_partitioner(scaling_ops, monkeypatch, tmp_path):
+    """The stand-in for the planner writes what XLA would, where XLA is told to, and then takes an hour."""
+    program = """
+import os, pathlib, re, time
+folder = pathlib.Path(re.search(r"--xla_dump_to=(\\S+)", os.environ["XLA_FLAGS"]).group(1))
+folder.mkdir(parents=True)
+(folder / "m.jit_train.c.0001.x.after_tpu-spmd-partitioning.before_dce.txt").write_text("  a = f32[] add(b, c)\\n" * 3)
+(folder / "m.jit_train.c.0002.x.after_dce.before_cse.txt").write_text("")
+time.sleep(3600)
+"""
+    monkeypatch.setattr(scaling_ops, "SHAPES", {8: "2x2x2", 32: "2x4x4"})
+    monkeypatch.setattr(scaling_ops, "command", lambda case: [sys.executable, "-c", program])
+    lines = list(scaling_ops.partitioned_table(["gshard/12l_128e"], scaling_ops.Dumps(tmp_path)))
+    assert cells(lines) == {"model": "12l_128e", "8 chips": "3", "32 chips": "3", "%": "0.00"}
+    assert any("at most 1 %; it is 0 %: reached" in line for line in lines)
+
+
+@pytest.mark.parametrize("text", ["12l_128e", "12l_128e:8", "12l_129e:8,32"])
+def test_a_pair_that_does_not_exist_is_bad_input(scaling_ops, monkeypatch, text):
+    monkeypatch.setattr(scaling_ops, "configs", lambda: {"12l_128e": "gshard/12l_128e"})
+    assert scaling_ops.pair("12l_128e:8,32") == ("gshard/12l_128e", (8, 32))
+    with pytest.raises(argparse.ArgumentTypeError, match=r"CONFIG:CHIPS,CHIPS|no config 12l_129e; there are 12l_128e"):
+        scaling_ops.pair(text)

@@ -76,7 +76,7 @@ def _tpu(
     ici_total_gbps: float,
     ici_note: str,
     dcn_gbits: float,
-    dcn_note: str,
+    dcn_note: str = "",
     devices: int = 1,
 ) -> Chip:
     """A TPU from its chip's data sheet.
@@ -200,7 +200,6 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 ici_total_gbps=1200,
                 ici_note=_TENTH_LESS,
                 dcn_gbits=50,
-                dcn_note="",
             ),
             _tpu(
                 "v6e",
@@ -226,7 +225,6 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 ici_total_gbps=1200,
                 ici_note="no second source",
                 dcn_gbits=100,
-                dcn_note="",
                 devices=2,
             ),
             _gpu(

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from gshardx.layers.draws import draw, dropout, folded, group_keys, row_keys
+from gshardx.plan.topology import open_topology, prepare
+from gshardx.sharding import CompiledStep, MeshConfig, abstract_array, build_mesh, shard
 
 ROWS = row_keys(jax.random.key(0), 8)
 
@@ -45,3 +47,24 @@ def test_dropout_keeps_the_mean_and_drops_the_share():
     assert set(np.unique(out)) == {0.0, np.float32(jnp.bfloat16(4 / 3))}
     assert dropout(x, None, 0.25) is x
     assert dropout(x, ROWS, 0.0) is x
+
+
+@pytest.mark.parametrize("groups", [16, 32])
+def test_tpus_send_nothing_to_draw(groups):
+    """Drawn with one key along as many groups as tokens they do: XLA takes both counts for one (jax 0.10)."""
+    pytest.importorskip("libtpu")
+    prepare("v5e:2x4")
+    mesh = build_mesh(MeshConfig(expert=8), open_topology("v5e:2x4").devices)
+    rng = abstract_array((2,), jnp.uint32, ((),), mesh)
+    weights = abstract_array((groups, 16, 2), jnp.float32, ("group", "token", "choice"), mesh)
+
+    def accept(rng, weights):
+        keys = group_keys(row_keys(rng, groups), 16, 16)
+        return draw(jax.random.uniform, keys, weights.shape) < shard(weights, "group token choice")
+
+    def with_one_key(rng, weights):
+        coins = jax.random.uniform(jax.random.wrap_key_data(rng), weights.shape)
+        return coins < shard(weights, "group token choice")
+
+    assert CompiledStep(accept, (rng, weights), mesh).collectives == []
+    assert len(CompiledStep(with_one_key, (rng, weights), mesh).collectives) == (groups == 16)
