@@ -117,7 +117,8 @@ def test_a_run_goes_on_from_its_files_on_another_mesh(tmp_path, name):
             "learning/current_learning_rate",
             "evaluation/bits_per_byte",
         ):
-            assert mine.get(key) == pytest.approx(theirs.get(key), rel=2e-5), key
+            assert (key in mine) == (key in theirs)
+            assert mine.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=2e-5), key
     assert "evaluation/bits_per_byte" in moved[-1]
 
 
