@@ -191,6 +191,8 @@ class TrainingRows:
                 dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, self._ahead))
             self._rows = iter(dataset)
         rows = next(self._rows)
+        if self._workers:  # out of the shared memory, which must go before the interpreter does
+            rows = {name: np.array(array) for name, array in rows.items()}
         *place, skipped = rows.pop("place").tolist()
         self.place = Place(*place)
         self.skipped += skipped
