@@ -1,6 +1,7 @@
 """Command lines: a file, flags over it, and one line for each mistake."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gshardx.cli import flatten, parse_config, read_config, run_command
+from gshardx.cli import config_yaml, flatten, parse_config, read_config, run_command
 from gshardx.config import Config
 from gshardx.errors import BadInput
 
@@ -206,6 +207,16 @@ def test_null_leaves_an_optional_key_unset(tmp_path):
 def test_words_that_yaml_would_read_as_something_else_stay_strings():
     assert parse("--data.path", "123", "--run_dir", "007").data.path == "123"
     assert parse("--run_dir", "007").run_dir == "007"
+
+
+def test_sources_are_a_path_a_list_of_them_or_a_mapping_to_shares(tmp_path):
+    assert parse("--data.path", '["a/*.txt", "b"]').data.path == ["a/*.txt", "b"]
+    mixture = {"texts/a.b/*.jsonl": 0.5, "b": 2.0}
+    assert parse("--data.mixture", json.dumps(mixture)).data.mixture == mixture
+    file = written(tmp_path / "c.yaml", f"data: {{mixture: {json.dumps(mixture)}, temperature: 5}}\n")
+    made = parse("--config", file)
+    assert (made.data.mixture, made.data.temperature) == (mixture, 5.0)
+    assert read_config(Path(written(tmp_path / "d.yaml", config_yaml(made)))) == made
 
 
 def test_read_config_says_which_file_breaks_which_rule(tmp_path):

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import absl.flags
 import grain
 import numpy as np
 from jaxtyping import Int
@@ -185,9 +186,13 @@ class TrainingRows:
         if self._rows is None:
             dataset: grain.IterDataset[dict[str, np.ndarray]] = self._dataset.starting(self.place)
             if self._workers:
+                # Grain asks absl for flags of its own, which refuses until somebody has parsed the command line.
+                absl.flags.FLAGS.mark_as_parsed()
                 dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, self._ahead))
             self._rows = iter(dataset)
         rows = next(self._rows)
+        if self._workers:  # out of the shared memory, which must go before the interpreter does
+            rows = {name: np.array(array) for name, array in rows.items()}
         *place, skipped = rows.pop("place").tolist()
         self.place = Place(*place)
         self.skipped += skipped

@@ -93,11 +93,12 @@ def resume_or_start(
         return job.init_state(), 0
     manifest = read_manifest(run.checkpoints / str(step))
     assert manifest is not None
+    source = list(job.config.data.mixture) or job.config.data.path
     for name, now in facts.items():
         if manifest.extra.get(name) != now:
             raise BadInput(
-                f"run_dir {run.path}: the {name} is not what step {step} was trained with (data.path = "
-                f"{job.config.data.path}); bring the old text back or use another --run_dir"
+                f"run_dir {run.path}: the {name} is not what step {step} was trained with (data: "
+                f"{source}); bring the old text back or use another --run_dir"
             )
     say(f"resuming {run.path} from step {step}")
     return _state_of(load(run.checkpoints, step, items_of(job.state, rows)), job, step), step

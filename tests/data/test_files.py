@@ -37,12 +37,15 @@ def test_compressed_text_is_read_as_what_it_was(tmp_path, suffix):
     assert read_documents(str(tmp_path), "text") == [*TEXTS, TEXTS[1]]
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
-@pytest.mark.parametrize("harm", ["cut", "flipped", "other"])
+@pytest.mark.parametrize(
+    ("suffix", "harm"),
+    # Frames of zstd need not carry a checksum.
+    [(s, harm) for s in COMPRESS for harm in ("cut", "flipped", "other") if (s, harm) != (".zst", "flipped")],
+)
 def test_a_damaged_compressed_file_is_named_with_how_far_it_was_read(tmp_path, suffix, harm):
     file = tmp_path / f"a.jsonl{suffix}"
     noise = random.Random(0)
-    whole = COMPRESS[suffix](jsonl("".join(noise.choices("abcdefgh ", k=400)) for _ in range(2000)))
+    whole = COMPRESS[suffix](jsonl("".join(noise.choices("abcdefgh ", k=400)) for _ in range(300)))
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 255
     file.write_bytes({"cut": whole[: len(whole) // 2], "flipped": bytes(flipped), "other": b"not compressed"}[harm])
@@ -53,7 +56,7 @@ def test_a_damaged_compressed_file_is_named_with_how_far_it_was_read(tmp_path, s
     rest = list(documents_in([file], Reading(faults=faults)))
     assert faults.count >= 1
     assert str(file) in faults.summary
-    assert len(rest) < 2000
+    assert len(rest) < 300
 
 
 def test_the_bytes_read_are_those_on_the_disk(tmp_path):
@@ -61,7 +64,7 @@ def test_the_bytes_read_are_those_on_the_disk(tmp_path):
     for name, data in (("a.txt", b"abc" * 10**6), ("a.txt.gz", gzip.compress(b"abc" * 10**6))):
         (tmp_path / name).write_bytes(data)
         with open_bytes(tmp_path / name, seen.append) as stream:
-            assert stream.read() == b"abc" * 10**6
+            assert b"".join(stream) == b"abc" * 10**6
         assert sum(seen) == len(data)
         seen.clear()
 

@@ -180,6 +180,25 @@ def test_one_process_is_the_union_of_any_number_however_rows_lie(lengths, packin
             np.testing.assert_array_equal(joined, expected[name])
 
 
+class CountingCorpus(MemoryCorpus):
+    read_tokens = 0
+
+    def read(self, documents, starts, counts, faults):
+        self.read_tokens += int(counts.sum())
+        return super().read(documents, starts, counts, faults)
+
+
+def test_a_process_reads_the_tokens_of_its_own_rows_only():
+    read = []
+    for mine in (np.arange(8), np.arange(2)):
+        corpus = CountingCorpus(pieces_of([9] * 400))
+        blocks = Mixture([corpus], [np.zeros(400, bool)], [1.0], 8, "first_fit", 0)
+        rows = training_rows(blocks, 8, 8, mine)
+        list(itertools.islice(rows, 20))
+        read.append(corpus.read_tokens)
+    assert read == [20 * 8 * 9, 20 * 2 * 9]
+
+
 @pytest.mark.parametrize("packing", ["first_fit", "best_fit", "concatenate"])
 def test_resumed_at_fifty_random_points_on_another_number_of_processes_nothing_is_lost_or_repeated(packing):
     draw = random.Random(3)

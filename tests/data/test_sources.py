@@ -166,7 +166,7 @@ def test_a_source_that_is_not_there_is_named_by_its_key(texts):
 
 
 def test_text_shorter_than_a_sequence_names_a_length_that_works(tmp_path):
-    write(tmp_path / "a.jsonl", "abc", 2, 3)
+    write(tmp_path / "a.jsonl", "abcdefgh", 3, 6)
     for packing in ("first_fit", "concatenate"):
         with pytest.raises(
             BadInput, match=r"less than one sequence of 32 .* use data.sequence_length = (\d+)"
