@@ -2,11 +2,14 @@
 
 import pytest
 
+from gshardx.layers.remat import REMAT
 from gshardx.plan.memory import KINDS, by_kind, saved_activations
 from gshardx.plan.program import Inputs
+from gshardx.plan.report import make_plan
+from gshardx.plan.topology import open_topology, prepare
 from gshardx.sharding import Memory, bytes_per_device
 from gshardx.sharding.hlo import parse
-from tests.plan.tiny import planned
+from tests.plan.tiny import SERVING, config, planned
 
 DEEP = 4
 """Layers: two units, so that the stack is a loop; a loop of one unit is none to XLA."""
@@ -32,13 +35,31 @@ def test_what_each_step_holds():
 
 @pytest.mark.sweep
 def test_rematerialisation_saves_activations():
-    kept = {
-        remat: planned(remat=remat, layers=DEEP)[0].memory["activations"]
-        for remat in ("full", "keep_all_to_all", "none")
-    }
-    assert 0 < kept["full"] < kept["keep_all_to_all"] < kept["none"]
+    """On CPUs the host's memory is the device's: "offload" keeps as much as "keep_all_to_all"."""
+    kept = {remat: planned(remat=remat, layers=DEEP)[0].memory["activations"] for remat in REMAT}
+    assert 0 < kept["full"] < kept["offload"] == kept["keep_all_to_all"] < kept["dots"] < kept["none"]
     # Each unit's input: 32 tokens of a device, width 16, fp32.
     assert kept["full"] >= DEEP // 2 * 32 * 16 * 4
+
+
+@pytest.mark.sweep
+def test_on_tpus_offloading_takes_the_hosts_memory_and_sends_nothing_again():
+    """A program this small lives in VMEM too, which only XLA's own peak counts."""
+    pytest.importorskip("libtpu")
+    prepare("v5e:2x4")
+    peak, host, exchanges = {}, {}, {}
+    for remat in ("none", "dots", "keep_all_to_all", "offload", "full"):
+        sizes = {"layers": 16, "width": 256, "hidden": 512, "moe": {"hidden": 256}, "data": {"sequence_length": 256}}
+        chosen = config(remat=remat, train={"batch_size": 32}, **sizes)
+        step = make_plan(chosen, open_topology("v5e:2x4"), "train", SERVING)[1].step
+        found = step.executable.memory_analysis()
+        peak[remat], host[remat] = found.peak_memory_in_bytes, found.host_temp_size_in_bytes
+        exchanges[remat] = sum(one.count for one in step.collectives if one.op == "all-to-all")
+    assert peak["none"] > peak["dots"] > peak["keep_all_to_all"] > peak["offload"] > peak["full"]
+    assert {remat for remat, size in host.items() if size} == {"offload"}
+    assert exchanges["full"] == 6 * 8
+    assert {exchanges[remat] for remat in ("none", "dots", "keep_all_to_all")} == {4 * 8}
+    assert exchanges["offload"] <= 4 * 8 + 2  # XLA peels its first turn off the loop, for the copies to be ahead
 
 
 LOOP = """HloModule m
