@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -143,12 +142,3 @@ def _number(
     place = jnp.arange(k * s, dtype=jnp.int32) - starts.at[ids[order]].get(mode="fill", fill_value=0)
     slots = jnp.zeros(k * s, jnp.int32).at[order].set(place, unique_indices=True)
     return slots.reshape(k, s).T, counts
-
-
-def drawn(draw: Callable[[Array, tuple[int, ...]], Array], rng: Array, shape: tuple[int, ...]) -> Array:
-    """``draw(rng, shape)``, the same numbers, counted in one dimension.
-
-    JAX counts along each dimension. Where there are as many groups as tokens in one, XLA takes both counts for one, and
-    gathers it over the whole mesh in every layer (jax 0.10 for TPUs: benchmarks/scaling_ops.py, 1,024 of each).
-    """
-    return draw(rng, (math.prod(shape),)).reshape(shape)

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.layers.balance import BalanceLoss, Gating, ZLoss
-from gshardx.layers.routing.choice import drawn, take, top_k
+from gshardx.layers.routing.choice import take, top_k
 from gshardx.layers.routing.contract import RouterState, Routing
+from gshardx.layers.routing.draw import drawn
 from gshardx.layers.routing.linear import LinearRouter, normalised
 
 SecondExpert = Literal["all", "sampling", "random"]

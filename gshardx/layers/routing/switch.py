@@ -15,8 +15,9 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from gshardx.layers.balance import Gating
-from gshardx.layers.routing.choice import drawn, take, top_k
+from gshardx.layers.routing.choice import take, top_k
 from gshardx.layers.routing.contract import RouterState, Routing
+from gshardx.layers.routing.draw import drawn
 from gshardx.layers.routing.linear import LinearRouter
 
 
