@@ -27,7 +27,7 @@ from timing import Table, filled, goal
 
 from gshardx.sharding.hlo import Instruction, Program, parse
 
-JUMP = 20
+JUMP = 50
 """Instructions by which the difference must change from pass to pass for that to be told."""
 MOST = 8
 """Kinds of instructions told, those that differ most."""
