@@ -42,7 +42,10 @@ def test_candidates_are_valid_and_different():
         assert rows == train.batch_size
     same = [candidate for candidate in found if candidate.learns_the_same]
     assert {(c.config.train.batch_size, c.config.model.moe.capacity_factor) for c in same} == {(8, 1.25)}
-    assert {candidate.config.train.accumulation_steps for candidate in same} == {1, 2}  # a batch of 8, on 4 shards or more
+    assert {candidate.config.train.accumulation_steps for candidate in same} == {
+        1,
+        2,
+    }  # a batch of 8, on 4 shards or more
     assert len(same) * 4 < len(found)
 
 
