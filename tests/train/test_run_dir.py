@@ -113,7 +113,11 @@ def another(value):
     if isinstance(value, str):
         other = {"all": "random", "gather": "einsum", "swiglu": "relu", "float32": "bfloat16"}
         return other.get(value, f"{value}.other")
-    return 64 if value is None else value * 2 if value > 1 else value / 2 if isinstance(value, float) else value + 1
+    if isinstance(value, list):
+        return [*value, "logits"]
+    if isinstance(value, float) and value <= 1:
+        return value / 2 or 0.25
+    return 64 if value is None else value * 2 if value > 1 else value + 1
 
 
 def changed(config, key):
@@ -129,14 +133,21 @@ KEYS = [key for key, _ in flatten(dataclasses.asdict(Config()))]
 FREE = [key for key in KEYS if key.startswith(FREE_TO_CHANGE)]
 
 
-def with_room_to_change():
-    return Config(data=DataConfig(vocab_size=2048), train=TrainConfig(batch_size=64, zero_stage=1))
+def with_room_to_change(key):
+    """A config in which ``key`` may have another value: some fields are of one schedule, or of a mixture."""
+    optimizer = OptimizerConfig(ema_decay=0.5)
+    if key == "optimizer.decay_start":
+        optimizer = OptimizerConfig(schedule="inverse_sqrt", decay_start=100)
+    data = DataConfig(vocab_size=2048)
+    if key == "data.temperature":
+        data = DataConfig(mixture={"a": 1.0}, temperature=2.0)
+    return Config(data=data, optimizer=optimizer, train=TrainConfig(batch_size=64, zero_stage=1))
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in FREE])
 def test_a_change_of_anything_that_a_step_computes_is_refused(run, key):
     run.path.mkdir()
-    before = with_room_to_change()
+    before = with_room_to_change(key)
     run.write_config(before)
     with pytest.raises(BadInput, match=rf"{key} = .*, now "):
         run.check_config(changed(before, key))
@@ -145,7 +156,7 @@ def test_a_change_of_anything_that_a_step_computes_is_refused(run, key):
 @pytest.mark.parametrize("key", [key for key in FREE if key != "run_dir"])
 def test_a_change_of_place_or_length_is_allowed_and_told(run, key):
     run.path.mkdir()
-    before = with_room_to_change()
+    before = with_room_to_change(key)
     run.write_config(before)
     old, new = (dict(flatten(dataclasses.asdict(config)))[key] for config in (before, changed(before, key)))
     notes = run.check_config(changed(before, key))
@@ -158,7 +169,8 @@ def test_a_moved_run_is_the_same_run(written):
 
 
 def test_what_may_change_is_where_and_how_long_and_what_is_reported():
-    assert {key.split(".")[0] for key in FREE} == {"run_dir", "mesh", "train", "checkpoint"}
+    assert {key.split(".")[0] for key in FREE} == {"run_dir", "mesh", "train", "checkpoint", "data", "guard", "debug"}
+    assert {key for key in FREE if key.startswith("data.")} == {"data.on_error", "data.workers", "data.prefetch"}
     assert "train.batch_size" not in FREE
     assert "seed" not in FREE
 
