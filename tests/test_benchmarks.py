@@ -47,6 +47,14 @@ def test_every_table_of_the_gpu_benchmark(tmp_path):
         assert f"| gshardx {layer}" in printed
 
 
+@pytest.mark.slow
+def test_the_data_benchmark_holds_every_packing_to_its_goal():
+    printed = output("data.py", "--seconds", "0.3", "--tokens", "200000", "--sequence_length", "64")
+    for packing in ("first_fit", "best_fit", "concatenate"):
+        assert f"| {packing} | 64 |" in printed
+    assert "goal: the pipeline's share of a step at 50,000 tokens/s at most 3 %" in printed
+
+
 @pytest.fixture
 def scaling(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from gshardx.data.tokenizer import Tokenizer
+from gshardx.data.workers import end_with_parent
 
 _BATCH = 1 << 20
 """Characters of text that a worker is given at once."""
@@ -63,6 +64,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _start(tokenizer: Tokenizer) -> None:
     global _tokenizer
+    end_with_parent()
     _tokenizer = tokenizer
 
 

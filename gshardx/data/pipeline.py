@@ -12,6 +12,7 @@ from jaxtyping import Int
 from gshardx.data.blocks import Block, Blocks
 from gshardx.data.corpora import runs
 from gshardx.data.faults import Faults, Policy
+from gshardx.data.workers import end_with_parent
 from gshardx.errors import BadInput
 
 Rows = dict[str, np.ndarray]
@@ -188,7 +189,8 @@ class TrainingRows:
             if self._workers:
                 # Grain asks absl for flags of its own, which refuses until somebody has parsed the command line.
                 absl.flags.FLAGS.mark_as_parsed()
-                dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, self._ahead))
+                options = grain.MultiprocessingOptions(self._workers, self._ahead)
+                dataset = dataset.mp_prefetch(options, worker_init_fn=lambda index, count: end_with_parent())
             self._rows = iter(dataset)
         rows = next(self._rows)
         if self._workers:  # out of the shared memory, which must go before the interpreter does

@@ -117,8 +117,12 @@ class RecordCorpus:
 
     def _read(self, shard: int, numbers: list[int], faults: Faults) -> list[bytes | None]:
         file = self._shards[shard].records_file(self.folder)
-        if shard not in self._readers:
-            self._readers[shard] = open_records(file)
+        try:
+            if shard not in self._readers:
+                self._readers[shard] = open_records(file)
+        except OSError as error:  # it was whole when the run started
+            faults.met(f"{file}: can't be read ({error}); restore it", error)
+            return [None] * len(numbers)
         reader = self._readers[shard]
         try:
             found: list[bytes | None] = reader.read(numbers)
@@ -194,7 +198,7 @@ def _shards(index: dict[str, Any], folder: Path) -> list[Shard]:
 
 
 def _whole(shard: Shard, folder: Path, faults: Faults) -> bool:
-    """Whether both files of a shard are there and as long as they were."""
+    """Whether both files of a shard are there, as long as they were, and can be opened."""
     wanted = {
         shard.records_file(folder): shard.bytes,
         shard.documents_file(folder): documents_bytes(shard.documents),
@@ -208,7 +212,19 @@ def _whole(shard: Shard, folder: Path, faults: Faults) -> bool:
         if found != size:
             faults.met(f"{file}: has {found:,} bytes and {INDEX} says {size:,}: it has changed; restore it")
             return False
-    return True
+    return _opens(shard.records_file(folder), shard.records, faults)
+
+
+def _opens(file: Path, records: int, faults: Faults) -> bool:
+    """Whether a shard's own index, at its end, is whole."""
+    try:
+        found = open_records(file).num_records()
+    except OSError as error:
+        faults.met(f"{file}: can't be read ({error}); restore it", error)
+        return False
+    if found != records:
+        faults.met(f"{file}: has {found:,} records and {INDEX} says {records:,}; restore it")
+    return bool(found == records)
 
 
 def _documents(shard: Shard, folder: Path) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 import itertools
 import random
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -84,6 +87,28 @@ def test_workers_give_the_same_batches_and_states(expected, workers):
         assert_equal(next(rows), batch)
         assert rows.get_state() == state
     rows.close()
+
+
+ORPHANING = """
+import os, signal, sys
+import numpy as np
+from gshardx.data.blocks import Mixture
+from gshardx.data.corpora import MemoryCorpus
+from gshardx.data.pipeline import training_rows
+
+if __name__ == "__main__":
+    blocks = Mixture([MemoryCorpus([np.arange(40)] * 9)], [np.zeros(9, bool)], [1.0], 16, "first_fit", 3)
+    next(training_rows(blocks, 16, 4, workers=2))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_when_the_trainer_is_killed(tmp_path):
+    """Its pipes close only when the last of them has gone."""
+    (tmp_path / "orphaning.py").write_text(ORPHANING)
+    done = subprocess.run([sys.executable, "orphaning.py"], cwd=tmp_path, capture_output=True, timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow

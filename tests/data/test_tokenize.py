@@ -212,6 +212,25 @@ def test_a_damaged_record_is_named_where_it_is_read_or_becomes_padding(harmed):
         assert not row["tokens"][row["segments"] == 0].any()
 
 
+def test_a_shard_whose_own_index_is_damaged_is_named_or_left_out(harmed):
+    file = harmed / "00002.arrayrecord"
+    data = bytearray(file.read_bytes())
+    data[-65_536:] = bytes(65_536)
+    file.write_bytes(data)
+    assert "00002.arrayrecord: can't be read (not a readable ArrayRecord file: " in complaint(harmed)
+    assert "skipped 1 broken" in read_text(DataConfig(path=str(harmed), sequence_length=32, on_error="skip")).skipped
+
+
+def test_a_shard_that_goes_while_a_run_reads_is_named(harmed):
+    text = read_text(DataConfig(path=str(harmed), sequence_length=32))
+    for file in harmed.glob("*.arrayrecord"):
+        file.unlink()
+    for corpus in text.blocks._corpora:
+        corpus._readers.clear()  # as in a worker, which opens its own
+    with pytest.raises(BadInput, match=r"\.arrayrecord: can't be read \(.*; restore it; or use data.on_error = skip"):
+        next(training_rows(text.blocks, 32, 4))
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": "other"}', b'{"format": "gshardx tokens 1"}'])
 def test_a_damaged_index_is_named(harmed, content):
     (harmed / "index.json").write_bytes(content)
