@@ -59,6 +59,16 @@ IMPOSSIBLE = [
     ({"model.kv_heads": 1, "mesh.tensor": 2}, ["model.kv_heads = 1", "mesh.tensor = 2"], None),
     ({"train.batch_size": 12, "mesh.expert": 8}, ["train.batch_size = 12", "mesh", "= 8"], "train.batch_size"),
     (
+        {"train.batch_size": 16, "train.accumulation_steps": 3},
+        ["train.batch_size = 16", "train.accumulation_steps = 3"],
+        "train.batch_size",
+    ),
+    (
+        {"train.batch_size": 8, "train.accumulation_steps": 4, "model.moe.group_size": 1024},
+        ["group_size = 1024", "512 tokens", "micro-batch"],
+        "model.moe.group_size",
+    ),
+    (
         {"train.batch_size": 1, "mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2},
         ["train.batch_size = 1 ", "data * fsdp * expert = 8"],
         "train.batch_size",

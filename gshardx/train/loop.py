@@ -1,8 +1,9 @@
 """The story of a run: hold the directory, read the text, start or resume, step and save, evaluate and tell."""
 
 import signal
+from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,7 +13,7 @@ from gshardx.data.pipeline import training_rows
 from gshardx.data.prefetch import Ahead
 from gshardx.errors import BadInput
 from gshardx.models.moe import dispatcher_reason
-from gshardx.sharding import one_program_at_a_time
+from gshardx.sharding import CompiledStep, one_program_at_a_time
 from gshardx.sharding.distributed import Largest, exchange, fetch, on_first, together
 from gshardx.train.evaluate import bits_per_byte
 from gshardx.train.guard import Guard
@@ -137,8 +138,9 @@ def step_on(
         return Ended(state, first, None, 0, 0)
     say(f"dispatcher {dispatcher_reason(config.model.moe, config.data.sequence_length)}")
     say(f"compiling for mesh {config.mesh}")
+    steps = (job.train_step, job.eval_step)
     if config.debug.dump_hlo:
-        on_first(lambda: dump_hlo(job, run))
+        on_first(lambda: dump_hlo(steps, run))
     while True:
         store = CheckpointStore(run.checkpoints, config.checkpoint.every, config.checkpoint.keep, facts)
         try:
@@ -153,10 +155,10 @@ def step_on(
     return ended
 
 
-def dump_hlo(job: Job, run: RunDir) -> None:
-    """Write each compiled step to RUN_DIR/hlo, as it was lowered and as XLA optimised it."""
+def dump_hlo(steps: Iterable[CompiledStep[..., Any]], run: RunDir) -> None:
+    """Write each step to RUN_DIR/hlo, as it was lowered and as XLA optimised it."""
     run.hlo.mkdir(exist_ok=True)
-    for step in (job.train_step, job.eval_step):
+    for step in steps:
         (run.hlo / f"{step.name}.stablehlo.txt").write_text(step.stablehlo)
         (run.hlo / f"{step.name}.optimized.txt").write_text(step.hlo)
     say(f"wrote {run.hlo}")
@@ -174,7 +176,6 @@ def run_steps(
 ) -> Ended:
     """Steps ``first + 1`` to ``train.steps``, or until a signal or a spike."""
     config, last, bits = job.config, first, None
-    step_program, _ = job.train_step, job.eval_step
     wait = one_program_at_a_time(job.mesh) or config.debug.nans
     trackers = Trackers(run, first_step=first + 1)
     guard = Guard(config.guard, int(fetch(state.skipped)), say)
@@ -184,7 +185,7 @@ def run_steps(
         for last in range(first + 1, config.train.steps + 1):
             before, batch = state, next(rows)
             with jax.transfer_guard("disallow"):  # what the step needs is on the devices, or it would wait for the host
-                state, metrics = step_program(state, batch)
+                state, metrics = job.train_step(state, batch)
             if metrics.experts is not None and last % config.train.trace_every == 0:
                 tokens = {"tokens": fetch(batch.tokens), "segments": fetch(batch.segments)}
                 trackers.trace(last, tokens, fetch(metrics.experts))
