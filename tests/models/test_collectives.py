@@ -115,9 +115,11 @@ def test_the_compilers_log_is_seen(compiling_anew, capfd):
     assert INVOLUNTARY in capfd.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("losses", [{"balance": 0.01}, {"balance": 0.01, "batch": 0.01}], ids=str)
-@pytest.mark.parametrize("mesh_config", FAST, ids=str)
+@pytest.mark.parametrize(
+    "mesh_config", [FAST[0], *(pytest.param(m, marks=pytest.mark.sweep) for m in FAST[1:])], ids=str
+)
+@pytest.mark.slow
 def test_micro_batches_send_as_often_and_a_first_pass_once_more(mesh_config, losses):
     options = {"router": "top_k", "losses": losses}
     program, budget = compiled("train", model(**options), mesh_config, micro=2)

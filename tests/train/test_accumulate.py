@@ -39,6 +39,9 @@ MESHES = [MeshConfig(expert=8), MeshConfig(data=2, fsdp=2, expert=2), MeshConfig
 
 MORE_MESHES = [MeshConfig(data=8), MeshConfig(fsdp=4, tensor=2), MeshConfig(data=4, expert=2)]
 
+FIRST = {("gshard", "padded"), ("sigmoid_bias", "packed"), ("communication", "padded")}
+"""Cases and kinds of rows that are no sweep."""
+
 
 def model(case, group_size=None, dropout=0.0):
     moe = {"num_experts": 8, "hidden": 8, "every": 1, "group_size": group_size, **CASES[case]}
@@ -91,14 +94,20 @@ def assert_same(actual, expected):
         np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-5 * max(size, 1e-2), err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["gshard", "sigmoid_bias", "batch"])
+@pytest.mark.parametrize(
+    "case", ["batch", *(pytest.param(c, marks=pytest.mark.slow) for c in ("gshard", "sigmoid_bias"))]
+)
 def test_two_micro_batches_are_one_batch(case):
     assert_same(found(case, ONE, 2, "padded"), found(case, ONE, 1, "padded"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["padded", "packed"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        pytest.param(case, kind, marks=pytest.mark.slow if (case, kind) in FIRST else pytest.mark.sweep)
+        for case, kind in itertools.product(CASES, ("padded", "packed"))
+    ],
+)
 def test_micro_batches_on_a_mesh_are_one_batch_on_one_device(case, kind):
     assert_same(found(case, MESHES[0], 8, kind), found(case, ONE, 1, kind))
 
@@ -111,7 +120,7 @@ def test_dropout_does_not_depend_on_the_layout():
     assert any(np.abs(dropped[name] - kept[name]).max() > 1e-3 for name in kept)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("group_size", [4, 16])
 def test_groups_stay_whole_in_micro_batches(group_size):
     expected = found("gshard", ONE, 1, "padded", group_size)
