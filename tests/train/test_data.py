@@ -52,7 +52,13 @@ def test_a_checkpoint_holds_the_place_after_the_batch_that_was_trained_on(undist
         assert place["row"] == 40 * 8
 
 
-@pytest.mark.parametrize("more", [[], ["--data.workers", "2", "--data.prefetch", "5"]], ids=["thread", "workers"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="thread"),
+        pytest.param(["--data.workers", "2", "--data.prefetch", "5"], id="workers", marks=pytest.mark.sweep),
+    ],
+)
 def test_killed_again_and_again_it_learns_what_it_would_have(place, undisturbed, more):
     run, draw, kills = place / f"killed-{len(more)}", random.Random(4), 0
     while True:

@@ -27,7 +27,7 @@ QUICK = (MeshConfig(), MeshConfig(fsdp=2, expert=4))
 # On fsdp=8 neither the 2 layers nor the 4 experts divide; on the last one the mesh splits both sides of a matrix.
 MESHES = (*QUICK, MeshConfig(fsdp=8), MeshConfig(fsdp=2, expert=2, tensor=2))
 CASES = [
-    pytest.param(name, mesh, marks=[] if mesh in QUICK and name != "adafactor, momentum" else pytest.mark.slow)
+    pytest.param(name, mesh, marks=[] if mesh in QUICK and name != "adafactor, momentum" else pytest.mark.sweep)
     for name in CONFIGS
     for mesh in MESHES
 ]

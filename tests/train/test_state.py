@@ -125,8 +125,9 @@ def test_what_an_optimizer_keeps_comes_back_on_another_mesh_value_by_value(tmp_p
     assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, found, items(after)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "muon" else pytest.mark.sweep) for n in OPTIMIZERS]
+)
 def test_a_run_goes_on_from_its_files_on_another_mesh(tmp_path, name):
     optimizer = dataclasses.replace(OPTIMIZERS[name], ema_decay=0.9)
     before, after = MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(fsdp=4, expert=2)
@@ -146,7 +147,7 @@ def test_a_run_goes_on_from_its_files_on_another_mesh(tmp_path, name):
     assert "evaluation/bits_per_byte" in moved[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_resumed_run_ends_bit_for_bit_where_it_would_have(tmp_path):
     mesh, optimizer = MeshConfig(data=2, fsdp=2, expert=2), dataclasses.replace(OPTIMIZERS["muon"], ema_decay=0.9)
     _, straight = trained(tmp_path, "straight", config(tmp_path, mesh, optimizer, 4))
