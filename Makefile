@@ -1,5 +1,6 @@
 PYTHON ?= python3
 PY := .venv/bin/python
+PYTEST := $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: install train test test-fast test-sweep lint format bench
 
@@ -14,13 +15,13 @@ train: install
 	$(PY) -m gshardx.train --config configs/quickstart.yaml
 
 test: install
-	$(PY) -m pytest -m "not sweep"
+	$(PYTEST) -m "not sweep"
 
 test-fast: install
-	$(PY) -m pytest -m "not slow and not sweep"
+	$(PYTEST) -m "not slow and not sweep"
 
 test-sweep: install
-	$(PY) -m pytest -m sweep
+	$(PYTEST) -m sweep
 
 lint: install
 	$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""Eight simulated devices for every test, set here and nowhere else, before JAX starts."""
+"""Eight simulated devices for every test, and how they compile, set here and nowhere else, before JAX starts."""
 
 import os
 from pathlib import Path
@@ -9,5 +9,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from gshardx.sharding import simulate_devices  # noqa: E402
+from tests.children import QUICK_TO_COMPILE  # noqa: E402
 
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
 simulate_devices(8)

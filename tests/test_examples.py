@@ -1,12 +1,13 @@
 """The examples run, in processes of their own, and stay short."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.children import environment
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
@@ -31,7 +32,6 @@ def test_an_example_has_under_forty_lines(path):
 )
 def test_an_example_runs_and_prints_what_it_found(name, said):
     path = next(path for path in EXAMPLES if path.stem == name)
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300, env=environment())
     assert done.returncode == 0, done.stderr
     assert re.search(said, done.stdout), done.stdout

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import users_environment
 from tests.train.processes import finish, start
 
 ROOT = Path(__file__).parent.parent
@@ -35,12 +36,11 @@ def test_every_file_and_key_that_readme_names_exists():
         assert f"--{key} " in help_text, key
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_quickstart_reaches_what_it_promises(tmp_path):
     """2.2 bits per byte or better on held-out Shakespeare; the printed commands work."""
-    out, _ = finish(
-        start(ROOT, "--config", "configs/quickstart.yaml", "--run_dir", str(tmp_path / "quickstart")), limit=1500
-    )
+    arguments = ("--config", "configs/quickstart.yaml", "--run_dir", str(tmp_path / "quickstart"))
+    out, _ = finish(start(ROOT, *arguments, env=users_environment()), limit=1500)
     bits = float(re.search(r"validation +([\d.]+) bits per byte", out).group(1))
     xz = float(re.search(r"([\d.]+) for xz -9e", out).group(1))
     assert bits <= 2.2

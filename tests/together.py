@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.children import environment
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -21,15 +23,14 @@ def flags(process, port, processes=2):
 
 
 def start_both(folder, *command, port=None):
-    """``python command ... --coordinator ...`` twice, without the tests' own device count."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    """``python command ... --coordinator ...`` twice."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     port = port or free_port()
     return [
         subprocess.Popen(
             [sys.executable, *command, *flags(process, port)],
             cwd=folder,
-            env=environment,
+            env=environment() | {"PYTHONPATH": paths},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,7 +1,6 @@
 """The decoder's budget by hand-computed figures, and the page that shows it."""
 
 import math
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from gshardx.plan.topology import open_topology, prepare
 from gshardx.sharding import MeshConfig, build_mesh
 from gshardx.train.job import Job
 from gshardx.train.state import whole_over_fsdp
+from tests.children import environment
 from tests.models.test_decoder import LENGTH, ROWS, VOCAB, model
 from tests.plan.tiny import config
 
@@ -125,10 +125,6 @@ def test_inference_gathers_its_logits_over_tensor_once():
 # docs/collectives.md.
 
 
-def without_devices():
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-
-
 def rows_of(page):
     """Mesh and the rest of each row, by step; an empty mesh is the one above it."""
     found, step, mesh = {}, "", ""
@@ -153,7 +149,7 @@ def rows_of(page):
 )
 def test_the_page_agrees_with_the_script(steps, meshes):
     command = [sys.executable, ROOT / "benchmarks" / "collectives.py", "--step", *steps, "--mesh", *meshes]
-    done = subprocess.run(command, env=without_devices(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     printed, shown = rows_of(done.stdout), rows_of(DOC)
     assert len(printed) == len(steps) * len(meshes)
@@ -172,7 +168,7 @@ def test_the_example_of_the_page_runs(tmp_path):
     for changed, broken in (("", False), ("least=2", True)):
         text = program.replace("count=2", "count=1") if changed else program
         done = subprocess.run(
-            [sys.executable, "-c", text], env=without_devices(), capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", text], env=environment(), capture_output=True, text=True, timeout=120
         )
         assert (done.returncode != 0) == broken, done.stderr
 

@@ -14,6 +14,7 @@ from gshardx.plan import program
 from gshardx.plan.program import TooLarge, compile_program, model_on, too_large, vocabulary
 from gshardx.sharding import CompiledStep, MeshConfig, build_mesh, bytes_per_device
 from gshardx.train.job import Job
+from tests.children import environment
 from tests.plan.tiny import MESH, SERVING, config, planned
 
 GIB = 2**30
@@ -135,8 +136,9 @@ config = Config(
 plan, _ = make_plan(config, open_topology("v5e:1x1"), "forward", Serving(1, 1))
 print(plan.fits, plan.memory["peak"], plan.hbm_bytes, plan.predicted_step_seconds)
 """
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     fits, peak, there, seconds = done.stdout.split()
     assert (fits, seconds) == ("False", "None")

@@ -1,10 +1,11 @@
 """Real commands in real processes, on a text and a model that train in seconds."""
 
 import json
-import os
 import random
 import subprocess
 import sys
+
+from tests.children import environment
 
 CONFIG = """
 model:
@@ -34,12 +35,11 @@ def write_inputs(folder):
     return folder
 
 
-def start(folder, *arguments, module="gshardx.train"):
-    """``python -m module arguments`` in ``folder``, without the tests' own device count: the command settles it."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+def start(folder, *arguments, module="gshardx.train", env=None):
+    """``python -m module arguments`` in ``folder``."""
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
