@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from gshardx_train import config_of, random_rows
-from shape import SHAPE, WARM_UP_STEPS, Shape
+from shape import MIXTRAL, WARM_UP_STEPS, Shape
 
 from gshardx.checkpoint.store import CheckpointStore, finished_steps
 from gshardx.data.pipeline import TrainingRows
@@ -20,7 +20,7 @@ from gshardx.train.job import Job
 from gshardx.train.resume import items_of
 from gshardx.train.state import TrainState, init_state
 
-STALL_SHAPE = dataclasses.replace(SHAPE, expert_hidden=736, batch=2)
+STALL_SHAPE = dataclasses.replace(MIXTRAL, expert_hidden=736, batch=2)
 """250 MB of parameters and moments; a small batch, so that steps are short and many fit beside one write."""
 QUIET_STEPS = 6
 """Steps without a save before each step with one."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from shape import SHAPE, Shape, steady_median
+from shape import Shape, steady_median
 
 from gshardx.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
 from gshardx.data.blocks import Mixture
@@ -19,13 +19,15 @@ from gshardx.train.state import init_state
 
 
 def config_of(shape: Shape, devices: int) -> Config:
-    """``shape`` with its experts, and its batch, split over ``devices``."""
+    """``shape`` with its experts split over as many of ``devices`` as they can be, and its batch over all."""
     moe = MoEConfig(
         num_experts=shape.experts,
         top_k=shape.top_k,
         every=1,
+        router="gshard" if shape.top_k == 2 else "top_k",
         capacity_factor=shape.capacity_factor,
         hidden=shape.expert_hidden,
+        shared_hidden=shape.shared_hidden,
     )
     model = ModelConfig(
         layers=shape.layers,
@@ -35,9 +37,10 @@ def config_of(shape: Shape, devices: int) -> Config:
         head_dim=shape.head_dim,
         moe=moe,
     )
+    experts = shape.expert_devices(devices)
     return Config(
         model=model,
-        mesh=MeshConfig(expert=devices),
+        mesh=MeshConfig(data=devices // experts, expert=experts),
         data=DataConfig(vocab_size=shape.vocab, sequence_length=shape.sequence),
         train=TrainConfig(batch_size=shape.batch),
     )
@@ -50,7 +53,7 @@ def random_rows(shape: Shape) -> TrainingRows:
     return training_rows(blocks, shape.sequence, shape.batch)
 
 
-def measure(devices: int, steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
+def measure(devices: int, steps: int, shape: Shape) -> dict[str, Any]:
     """Train ``steps`` steps on ``devices`` simulated devices; call it before anything else uses JAX.
 
     Raises:
@@ -73,13 +76,10 @@ def measure(devices: int, steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
         dropped.append(float(metrics.stats.drop_fraction.mean()))
     median = steady_median(seconds)
     return {
-        "framework": "gshardx",
-        "devices": devices,
         "tokens_per_second": shape.tokens_per_step / median,
         "median_step_seconds": median,
         "compile_seconds": compile_seconds,
         "drop_fraction": statistics.median(dropped),
-        "steps": steps,
-        "mesh": str(config.mesh),
+        "note": str(config.mesh),
         "versions": [f"gshardx {version('gshardx')} on jax {jax.__version__}"],
     }

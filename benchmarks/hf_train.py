@@ -1,4 +1,7 @@
-"""Hugging Face's Mixtral in PyTorch on the CPU, dropless: prints one JSON object. Needs torch and transformers only."""
+"""Hugging Face's models in PyTorch on the CPU, dropless: prints one JSON object. Needs torch and transformers only.
+
+Mixtral, or for a shape with a shared expert Qwen2-MoE, whose shared expert has a gate.
+"""
 
 import argparse
 import json
@@ -7,34 +10,43 @@ from typing import Any
 
 import torch
 import transformers
-from shape import SHAPE, Shape, steady_median
-from transformers import MixtralConfig, MixtralForCausalLM
+from shape import SHAPES, Shape, steady_median
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 THREADS = 2
 TRIAL_STEPS = 3
 EXPERTS = ("eager", "grouped_mm")
-"""Not batched_mm: it copies an expert's weights for every choice of every token, 13 GB a layer for this shape."""
+"""Not batched_mm: it copies an expert's weights for every choice of every token, 13 GB a layer for Mixtral's shape."""
 
 
-def build(shape: Shape, experts: str) -> MixtralForCausalLM:
-    config = MixtralConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.width,
-        intermediate_size=shape.expert_hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.sequence,
-        num_local_experts=shape.experts,
-        num_experts_per_tok=shape.top_k,
-        router_aux_loss_coef=0.01,
-        output_router_logits=True,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-        experts_implementation=experts,
-    )
+def build(shape: Shape, experts: str) -> PreTrainedModel:
+    common = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": shape.sequence,
+        "num_experts_per_tok": shape.top_k,
+        "router_aux_loss_coef": 0.01,
+        "output_router_logits": True,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+        "experts_implementation": experts,
+    }
+    if shape.shared_hidden:
+        config = Qwen2MoeConfig(
+            num_experts=shape.experts,
+            moe_intermediate_size=shape.expert_hidden,
+            shared_expert_intermediate_size=shape.shared_hidden,
+            decoder_sparse_step=1,
+            norm_topk_prob=True,
+            **common,
+        )
+        return Qwen2MoeForCausalLM(config).float().train()
+    config = MixtralConfig(num_local_experts=shape.experts, intermediate_size=shape.expert_hidden, **common)
     return MixtralForCausalLM(config).float().train()
 
 
@@ -60,17 +72,14 @@ def fastest_experts(shape: Shape) -> str:
     return min(EXPERTS, key=lambda experts: min(step_seconds(shape, experts, TRIAL_STEPS)))
 
 
-def measure(steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
+def measure(steps: int, shape: Shape) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     experts = fastest_experts(shape)
     median = steady_median(step_seconds(shape, experts, steps))
     return {
-        "framework": "Hugging Face Mixtral",
-        "devices": 1,
         "tokens_per_second": shape.tokens_per_step / median,
         "median_step_seconds": median,
         "drop_fraction": 0.0,
-        "steps": steps,
         "note": f"{THREADS} threads; fastest experts: {experts}",
         "versions": [f"torch {torch.__version__}", f"transformers {transformers.__version__}"],
     }
@@ -79,4 +88,6 @@ def measure(steps: int, shape: Shape = SHAPE) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10)
-    print(json.dumps(measure(parser.parse_args().steps)))
+    parser.add_argument("--shape", choices=SHAPES, default="mixtral")
+    args = parser.parse_args()
+    print(json.dumps(measure(args.steps, SHAPES[args.shape])))

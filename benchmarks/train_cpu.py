@@ -1,8 +1,8 @@
-"""Training speed on this machine's CPU, side by side: gshardx, MaxText, Hugging Face's Mixtral; and checkpoint stalls.
+"""Training speed on this machine's CPU, side by side: gshardx, MaxText, Hugging Face; and checkpoint stalls.
 
-    python benchmarks/train_cpu.py                      # everything, interleaved: two tables
-    python benchmarks/train_cpu.py --devices 8 --json   # gshardx alone, one JSON object
-    python benchmarks/train_cpu.py --stall              # the checkpoint table alone
+    python benchmarks/train_cpu.py                                      # everything, interleaved: two tables
+    python benchmarks/train_cpu.py --devices 8 --shapes fine --json     # gshardx alone, one JSON object
+    python benchmarks/train_cpu.py --stall                              # the checkpoint table alone
 
 Every measurement has a process of its own, since JAX fixes its devices when it starts. Seconds say as much about the
 machine, and about who else uses it, as about the programs: compare ratios.
@@ -12,24 +12,39 @@ import argparse
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from report import Line, Machine, NotMeasured, Row, speed_goals, speed_table, stall_table, versions
+import maxtext
+from commands import last_line
+from report import (
+    GSHARDX,
+    HUGGING_FACE,
+    MAXTEXT,
+    Line,
+    Machine,
+    NotMeasured,
+    Row,
+    speed_goals,
+    speed_table,
+    stall_table,
+    versions,
+)
+from shape import SHAPES, Shape
 
 HERE = Path(__file__).resolve().parent
-MAXTEXT = HERE.parent.parent / "shared" / "bench" / "maxtext_cpu.sh"
+SCRIPT = HERE.parent.parent / "shared" / "bench" / "maxtext_cpu.sh"
 
 
 class Contender(NamedTuple):
     """Somebody to measure; ``measure`` raises NotMeasured."""
 
     framework: str
+    shape: str
     devices: int
     measure: Callable[[], Row]
 
@@ -56,16 +71,17 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 1], metavar="N", help="simulated devices")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="what to train (default all)")
     parser.add_argument("--json", action="store_true", help="measure gshardx alone and print its row")
     parser.add_argument("--stall", action="store_true", help="measure checkpoints alone")
     parser.add_argument("--steps", type=int, default=10, help="steps a measurement; the first 4 do not count")
     parser.add_argument("--rounds", type=int, default=2, help="how often each framework has its turn")
     parser.add_argument("--saves", type=int, default=5, help="checkpoints to save each way")
-    parser.add_argument("--maxtext", type=Path, default=MAXTEXT, metavar="SCRIPT", help="called with DEVICES STEPS")
+    parser.add_argument("--maxtext", type=Path, default=SCRIPT, metavar="SCRIPT", help="see maxtext.py")
     parser.add_argument("--hf_python", default=sys.executable, metavar="PYTHON", help="has torch and transformers")
     args = parser.parse_args()
-    if args.json and not args.stall and len(args.devices) != 1:
-        parser.error("--json prints one row: give --devices N, or --stall")
+    if args.json and not args.stall and (len(args.devices), len(args.shapes)) != (1, 1):
+        parser.error("--json prints one row: give --devices N and --shapes NAME, or --stall")
     if args.steps <= 4:
         parser.error("--steps: the first 4 do not count; give 5 or more")
     return args
@@ -86,7 +102,7 @@ def measure_here(args: argparse.Namespace) -> int:
         else:
             import gshardx_train
 
-            row = gshardx_train.measure(args.devices[0], args.steps)
+            row = gshardx_train.measure(args.devices[0], args.steps, SHAPES[args.shapes[0]])
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -95,11 +111,14 @@ def measure_here(args: argparse.Namespace) -> int:
 
 
 def contenders(args: argparse.Namespace) -> list[Contender]:
+    """Everybody on every shape, those that are compared one after the other."""
     found = []
-    for devices in args.devices:
-        found.append(Contender("gshardx", devices, partial(gshardx, devices, args.steps)))
-        found.append(Contender("MaxText", devices, partial(maxtext, args.maxtext, devices, args.steps)))
-    found.append(Contender("Hugging Face Mixtral", 1, partial(hugging_face, args.hf_python, args.steps)))
+    for shape in (SHAPES[name] for name in args.shapes):
+        for devices in args.devices:
+            peer = partial(maxtext.measure, args.maxtext, devices, args.steps, shape)
+            found.append(Contender(GSHARDX, shape.name, devices, partial(gshardx, devices, args.steps, shape)))
+            found.append(Contender(MAXTEXT, shape.name, devices, peer))
+        found.append(Contender(HUGGING_FACE, shape.name, 1, partial(hugging_face, args.hf_python, args.steps, shape)))
     return found
 
 
@@ -120,64 +139,34 @@ def take_turns(everyone: list[Contender], rounds: int) -> list[Line]:
                 result = "{tokens_per_second:,.0f} tokens/s, others used {others} of the CPU".format(**rows[-1])
             except NotMeasured as reason:
                 found[one], result = reason, f"not measured: {reason}"
-            print(f"round {number + 1}, {one.framework} on {one.devices}: {result}", file=sys.stderr, flush=True)
-    return [Line(one.framework, one.devices, rows) for one, rows in found.items()]
+            name = f"{one.framework} on {one.devices}, {one.shape}"
+            print(f"round {number + 1}, {name}: {result}", file=sys.stderr, flush=True)
+    return [Line(one.framework, one.shape, one.devices, rows) for one, rows in found.items()]
 
 
-def gshardx(devices: int, steps: int) -> Row:
-    return row_of([sys.executable, __file__, "--json", "--devices", str(devices), "--steps", str(steps)])
+def gshardx(devices: int, steps: int, shape: Shape) -> Row:
+    flags = ["--json", "--devices", str(devices), "--shapes", shape.name, "--steps", str(steps)]
+    return row_of([sys.executable, __file__, *flags])
 
 
 def stall(saves: int) -> Row:
     return row_of([sys.executable, __file__, "--json", "--stall", "--saves", str(saves)])
 
 
-def maxtext(script: Path, devices: int, steps: int) -> Row:
-    """What ``script`` prints: ``... median_step_s=SECONDS tokens_per_second=N``."""
-    if not script.exists():
-        raise NotMeasured("no script; give --maxtext SCRIPT")
-    line = last_line(["bash", str(script), str(devices), str(steps)])
-    fields = dict(re.findall(r"(\w+)=([\d.]+)", line))
-    if "tokens_per_second" not in fields:
-        raise NotMeasured(line)
-    return {
-        "tokens_per_second": float(fields["tokens_per_second"]),
-        "median_step_seconds": float(fields["median_step_s"]),
-        "versions": [maxtext_version()],
-    }
-
-
-def maxtext_version() -> str:
-    """Asked of the environment that the script uses."""
-    venv = Path(os.environ.get("MAXTEXT_VENV", Path.home() / ".cache" / "maxtext-venv"))
-    code = "from importlib.metadata import version as v; print('maxtext', v('maxtext'), 'on jax', v('jax'))"
-    try:
-        return last_line([str(venv / "bin" / "python"), "-c", code])
-    except (OSError, NotMeasured):
-        return "maxtext, version unknown"
-
-
-def hugging_face(python: str, steps: int) -> Row:
+def hugging_face(python: str, steps: int, shape: Shape) -> Row:
     probe = [python, "-c", "import torch, transformers"]
     if subprocess.run(probe, capture_output=True, check=False).returncode:
         raise NotMeasured("pip install torch transformers, there or in --hf_python PYTHON")
     # OpenMP's threads spin while they wait, and lose two thirds of their speed where others use the cores too.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    return row_of([python, str(HERE / "hf_mixtral.py"), "--steps", str(steps)], environment)
+    command = [python, str(HERE / "hf_train.py"), "--steps", str(steps), "--shape", shape.name]
+    return row_of(command, environment)
 
 
-def row_of(command: list[str], environment: dict[str, str] | None = None) -> Row:
-    row: Row = json.loads(last_line(command, environment))
-    return row
-
-
-def last_line(command: list[str], environment: dict[str, str] | None = None) -> str:
-    """Run a command; the last line that it prints, or NotMeasured with the last line of its complaint."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    lines = (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip().splitlines()
-    if done.returncode or not lines:
-        raise NotMeasured(lines[-1][:200] if lines else f"{command[0]} printed nothing")
-    return lines[-1]
+def row_of(command: list[str], environment: Mapping[str, str] | None = None) -> Row:
+    line, peak = last_line(command, environment)
+    row: Row = json.loads(line)
+    return row | {"peak_bytes": peak}
 
 
 if __name__ == "__main__":

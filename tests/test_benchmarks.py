@@ -5,25 +5,25 @@ here.
 import argparse
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gshardx.cli import parse_config
 from gshardx.sharding import MeshConfig
 from gshardx.sharding.hlo import parse
+from tests.children import environment
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def output(script, *arguments):
-    """What a benchmark prints, without the tests' own device count: the script settles it."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """What a benchmark prints."""
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -53,6 +53,73 @@ def test_the_data_benchmark_holds_every_packing_to_its_goal():
     for packing in ("first_fit", "best_fit", "concatenate"):
         assert f"| {packing} | 64 |" in printed
     assert "goal: the pipeline's share of a step at 50,000 tokens/s at most 3 %" in printed
+
+
+@pytest.fixture
+def benchmark_modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return SimpleNamespace(
+        **{name: importlib.import_module(name) for name in ("commands", "maxtext", "report", "shape")}
+    )
+
+
+def speed_row(tokens, **more):
+    return {"tokens_per_second": tokens, "median_step_seconds": 1.0, "peak_bytes": 5e6, "others": "0%", **more}
+
+
+def test_the_speed_table_compares_within_a_round_and_within_a_shape(benchmark_modules):
+    report = benchmark_modules.report
+    lines = [
+        report.Line(
+            "gshardx", "fine", 8, [speed_row(400.0, compile_seconds=2.0), speed_row(200.0, compile_seconds=4.0)]
+        ),
+        report.Line("MaxText", "fine", 8, [speed_row(100.0), speed_row(100.0)]),
+        report.Line("gshardx", "coarse", 8, [speed_row(100.0), speed_row(100.0)]),
+        report.Line("MaxText", "coarse", 8, [speed_row(100.0), speed_row(100.0)]),
+        report.Line("Hugging Face", "fine", 1, report.NotMeasured("no torch | here")),
+    ]
+    title, _, *rows = report.speed_table(lines)
+    assert [row.count("|") for row in rows] == [title.count("|")] * 5
+    assert rows[0].startswith("| fine | 8 | gshardx | - | 300 | 1.000 | 3.0 | 5 | not reported | 0%, 0% |")
+    assert "| 3.00 (2.00 to 4.00) |" in rows[1]
+    assert rows[3].startswith("| coarse | 8 | MaxText | 1.00 |")
+    assert rows[4].endswith("| not measured | | | | | | no torch / here |")
+    assert list(report.speed_goals(lines)) == [
+        "- goal, fine on 8 devices: 2.0 x MaxText; it is 3.00 x: reached",
+        "- goal, coarse on 8 devices: 2.0 x MaxText; it is 1.00 x: missed",
+        "- goal, fine on 1 device: 1.0 x Hugging Face: not measured",
+    ]
+
+
+def test_a_command_tells_its_last_line_and_the_memory_of_its_children():
+    """Asked by a small process, as the benchmark is one: a child starts with what its parent has."""
+    child = "subprocess.run([sys.executable, '-c', 'x = bytearray(200_000_000)'])"
+    grow = f"import sys, subprocess; {child}; print(1); print(2)"
+    asking = f"import sys; from commands import last_line; print(*last_line([sys.executable, '-c', {grow!r}]))"
+    asked = subprocess.run([sys.executable, "-c", asking], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    line, peak = asked.stdout.split()
+    assert line == "2"
+    assert 200e6 < int(peak) < 250e6
+
+
+def test_a_command_that_fails_tells_its_last_complaint(benchmark_modules):
+    with pytest.raises(benchmark_modules.report.NotMeasured, match=r"^no such thing$"):
+        benchmark_modules.commands.last_line([sys.executable, "-c", "raise SystemExit('first\\nno such thing')"])
+
+
+def test_maxtext_is_told_the_shape_and_its_compile_time_is_heard(benchmark_modules, tmp_path):
+    """A script in its place prints what it was given and compiles a step."""
+    program = "import jax; jax.jit(lambda x: x @ x)(jax.numpy.ones((4, 4)))"
+    script = tmp_path / "peer.sh"
+    script.write_text(f'{sys.executable} -c "{program}"\necho "median_step_s=2.0 tokens_per_second=$#"\n')
+    module, shapes = benchmark_modules.maxtext, benchmark_modules.shape
+    row = module.measure(script, 8, 6, shapes.COARSE)
+    assert row["tokens_per_second"] == 2 + len(module.arguments(shapes.COARSE, 8))
+    assert 0 < row["compile_seconds"] < 60
+    assert {"ici_expert_parallelism=4", "ici_data_parallelism=2"} < set(module.arguments(shapes.COARSE, 8))
+    assert "shared_experts=1" in module.arguments(shapes.FINE, 1)
+    with pytest.raises(benchmark_modules.report.NotMeasured, match="give --maxtext SCRIPT"):
+        module.measure(tmp_path / "none.sh", 8, 6, shapes.FINE)
 
 
 @pytest.fixture
