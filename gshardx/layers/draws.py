@@ -7,12 +7,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from gshardx.errors import BadInput
+
 
 def row_keys(rng: Array, rows: int) -> Key[Array, "b"]:
-    """A key for each row (or group); ``rng`` itself if it already holds as many, else derived from the one it is."""
+    """A key for each row (or group); ``rng`` itself if it already holds as many, else derived from the one it is.
+
+    Raises:
+        BadInput: ``rng`` holds several keys, and not one a row.
+    """
     if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         rng = jax.random.wrap_key_data(rng)
-    return folded(rng, jnp.arange(rows)) if rng.ndim == 0 else rng
+    if rng.ndim == 0:
+        return folded(rng, jnp.arange(rows))
+    if rng.shape != (rows,):
+        raise BadInput(f"rng: keys of shape {rng.shape} for {rows} rows; pass one key, or one for each row")
+    return rng
 
 
 def folded(keys: Key[Array, "*b"], data: Array | int) -> Key[Array, "*b"]:

@@ -141,7 +141,7 @@ def _sizes(config: Config) -> _Sizes:
         matrices=matrices,
         itemsize=2 if model.dtype == "bfloat16" else 4,
         whole=m * (2 * model.layers + 1) + joined_biases * sparse,
-        shared=(attention + ffn + 2 * m * vocab) / mesh.tensor + (m * e + joined) * sparse,
+        shared=(attention + ffn + update.tables(model) * m * vocab) / mesh.tensor + (m * e + joined) * sparse,
         expert=experts / mesh.expert,
         expert_biases=biases / mesh.expert / mesh.tensor,
     )
@@ -207,7 +207,7 @@ def _working(config: Config, sizes: _Sizes, local: float) -> float:
     larger of logits and a unit's values, which rematerialisation makes all at once."""
     model, tensor = config.model, config.mesh.tensor
     copies = local * sizes.itemsize if model.dtype == "bfloat16" else 0.0
-    layers = sizes.over_fsdp - 2 * model.width * sizes.vocab / tensor
+    layers = sizes.over_fsdp - update.tables(model) * model.width * sizes.vocab / tensor
     unit = 2 * layers / sizes.sparse_layers * sizes.itemsize
     logits = 2 * sizes.tokens * sizes.vocab / tensor * _FP32
     scores = sizes.tokens * config.data.sequence_length * model.heads / tensor * _FP32

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from gshardx.config import Config
+from gshardx.config import Config, ModelConfig
 
 _ITERATIONS = 5  # of Newton-Schulz
 
@@ -56,6 +56,11 @@ def _stacks(config: Config) -> list[_Stack]:
     ]
 
 
+def tables(model: ModelConfig) -> int:
+    """Matrices of width by vocabulary: the embedding's, and the logits' where they are not tied."""
+    return 1 if model.tie_embeddings else 2
+
+
 def state(config: Config, vocab: int, split: float) -> float:
     """Values that the optimizer keeps on a device, the average of the weights included.
 
@@ -66,7 +71,7 @@ def state(config: Config, vocab: int, split: float) -> float:
     """
     fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
     stacks = _stacks(config)
-    table = _Stack(2, 1, 1, config.model.width, vocab, tensor, hidden=False)
+    table = _Stack(tables(config.model), 1, 1, config.model.width, vocab, tensor, hidden=False)
     average = split if config.optimizer.ema_decay is not None else 0.0
     if config.optimizer.name == "adafactor":
         matrices = [*stacks, table]

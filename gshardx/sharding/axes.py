@@ -20,6 +20,7 @@ Entry: TypeAlias = str | tuple[str, ...] | Any
 RULES: Rules = {
     # activations
     "batch": ("data", "fsdp", "expert"),  # rows of a batch, and GShard's groups of tokens
+    "micro": (),  # micro-batches, which follow each other
     "time": (),
     "model": (),
     "group": ("data", "fsdp", "expert"),

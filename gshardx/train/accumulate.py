@@ -124,7 +124,7 @@ def cut(rows: Array, steps: int, together: int) -> Array:
     each device keeps its own."""
     blocks = rows.reshape(-1, steps, together, *rows.shape[1:])
     pieces = jnp.moveaxis(blocks, 1, 0).reshape(steps, -1, *rows.shape[1:])
-    return shard(pieces, "layer batch time") if pieces.ndim == 3 else pieces
+    return shard(pieces, "micro batch time") if pieces.ndim == 3 else pieces
 
 
 def joined(pieces: Array, together: int) -> Array:

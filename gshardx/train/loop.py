@@ -27,6 +27,7 @@ from gshardx.train.resume import go_back, items_of, resume_or_start
 from gshardx.train.run_dir import RunDir
 from gshardx.train.signals import caught_signals
 from gshardx.train.state import TrainState
+from gshardx.train.step import StepMetrics
 from gshardx.train.text import Text, read_text
 
 
@@ -189,12 +190,11 @@ def run_steps(
             if metrics.experts is not None and last % config.train.trace_every == 0:
                 tokens = {"tokens": fetch(batch.tokens), "segments": fetch(batch.segments)}
                 trackers.trace(last, tokens, fetch(metrics.experts))
-            meter.put(last, metrics._replace(experts=None))
+            meter.put(last, metrics._replace(experts=None), {"data/skipped": float(rows.skipped)})
             if wait:
                 jax.block_until_ready(state)
-            if config.debug.nans and int(fetch(metrics.skipped)) > int(fetch(before.skipped)):
-                found = first_not_finite(job.update, job.mesh, before, batch)
-                raise BadInput(f"step {last}: gradients are not finite; the first such value: {found}")
+            if config.debug.nans:
+                check_finite(job, last, before, batch, metrics)
             ended, number = last == config.train.steps, largest(caught[0] if caught else 0)
             store.check()
             store.save(last, items_of(state, rows), force=ended or number > 0)
@@ -209,4 +209,11 @@ def run_steps(
         meter.flush()
     trackers.close()
     store.wait()
-    return Ended(state, last, bits, number, 0 if number else guard.spike)
+    return Ended(state, last, bits, number, guard.spike)
+
+
+def check_finite(job: Job, step: int, before: TrainState, batch: Batch, metrics: StepMetrics) -> None:
+    """Raise BadInput that names the first value of ``step`` that is not finite, if its gradients are not."""
+    if int(fetch(metrics.skipped)) > int(fetch(before.skipped)):
+        found = first_not_finite(job.update, job.mesh, before, batch)
+        raise BadInput(f"step {step}: gradients are not finite; the first such value: {found}")

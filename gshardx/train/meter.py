@@ -18,6 +18,7 @@ from gshardx.train.step import StepMetrics
 class _Pending(NamedTuple):
     step: int
     metrics: StepMetrics
+    beside: Scalars
 
 
 class Meter:
@@ -42,20 +43,21 @@ class Meter:
         yield
         self._since += time.perf_counter() - start
 
-    def put(self, step: int, metrics: StepMetrics) -> None:
+    def put(self, step: int, metrics: StepMetrics, beside: Scalars) -> None:
+        """Hand over a step's metrics, still on the devices, and what the host knows of it."""
         self.flush()
-        self._pending = _Pending(step, metrics)
+        self._pending = _Pending(step, metrics, beside)
 
     def flush(self, more: Scalars | None = None) -> None:
         """Write the step that waits, and ``more`` beside it. Its time runs from when the step before it was written."""
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, beside), self._pending = self._pending, None
         fetched = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         rate = float(self._learning_rate(step - 1 - self._guard.skipped))  # skipped steps do not count
-        scalars = step_scalars(fetched, rate, seconds, self._flops, self._peak) | (more or {})
+        scalars = step_scalars(fetched, rate, seconds, self._flops, self._peak) | beside | (more or {})
         if more or step % self._config.train.log_every == 0:
             self._trackers.write(step, scalars)
         self._progress.show(step, scalars)

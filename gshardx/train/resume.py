@@ -109,7 +109,7 @@ def go_back(
 ) -> tuple[TrainState, int]:
     """The newest good state before step ``spike`` and its step; ``rows`` go on behind the batches since.
 
-    Later checkpoints are moved to RUN_DIR/damaged. ``state``: of now, whose counters are kept.
+    Later checkpoints are moved to RUN_DIR/damaged. ``state``: of now, whose count of rollbacks goes on.
 
     Raises:
         BadInput: the run has gone back as often as it may.
@@ -128,7 +128,7 @@ def go_back(
         found = job.init_state()
     say(f"back to step {step} without the {spike - step} batches since ({times} of {limit} times)")
     counted = jax.device_put(jnp.int32(times), job.state.rollbacks.sharding)
-    return dataclasses.replace(found, skipped=state.skipped, rollbacks=counted), step
+    return dataclasses.replace(found, rollbacks=counted), step
 
 
 def _state_of(loaded: Items, job: Job, step: int) -> TrainState:

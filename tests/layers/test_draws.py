@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gshardx.errors import BadInput
 from gshardx.layers.draws import draw, dropout, folded, group_keys, row_keys
 from gshardx.plan.topology import open_topology, prepare
 from gshardx.sharding import CompiledStep, MeshConfig, abstract_array, build_mesh, shard
@@ -28,6 +29,8 @@ def test_one_key_gives_each_row_its_own():
     np.testing.assert_array_equal(raw(row_keys(jax.random.key(0), 3)), raw(ROWS[:3]))
     np.testing.assert_array_equal(raw(row_keys(jax.random.PRNGKey(0), 3)), raw(ROWS[:3]))
     assert row_keys(ROWS, 8) is ROWS
+    with pytest.raises(BadInput, match=r"keys of shape \(8,\) for 4 rows; pass one key, or one for each row"):
+        row_keys(ROWS, 4)
     assert len(np.unique(raw(ROWS), axis=0)) == 8
 
 

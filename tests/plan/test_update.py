@@ -28,23 +28,25 @@ def using(name, mesh, **changed):
     return dataclasses.replace(medium(mesh, **changed), optimizer=OPTIMIZERS[name])
 
 
-MOE = {
+KINDS = {
     "plain": {},
-    "gated": {"every": 1, "shared_hidden": 64, "shared": "gated"},
-    "residual": {"shared_hidden": 64, "shared": "residual", "biases": True},
+    "gated": {"moe": {"every": 1, "shared_hidden": 64, "shared": "gated"}},
+    "residual, tied": {"moe": {"shared_hidden": 64, "shared": "residual", "biases": True}, "tie_embeddings": True},
 }
 CASES = [
-    pytest.param(name, mesh, stage, moe, marks=[] if (mesh, stage, moe) == (MESH, 3, "residual") else pytest.mark.sweep)
+    pytest.param(
+        name, mesh, stage, kind, marks=[] if (mesh, stage, kind) == (MESH, 3, "residual, tied") else pytest.mark.sweep
+    )
     for name in OPTIMIZERS
     for mesh in (MESH, MeshConfig(fsdp=2, expert=2, tensor=2))
     for stage in (1, 3)
-    for moe in MOE
+    for kind in KINDS
 ]
 
 
-@pytest.mark.parametrize(("name", "mesh", "stage", "moe"), CASES, ids=str)
-def test_state_is_exact_for_every_optimizer_and_kind_of_model(name, mesh, stage, moe):
-    chosen = using(name, mesh, moe=MOE[moe], train={"zero_stage": stage})
+@pytest.mark.parametrize(("name", "mesh", "stage", "kind"), CASES, ids=str)
+def test_state_is_exact_for_every_optimizer_and_kind_of_model(name, mesh, stage, kind):
+    chosen = using(name, mesh, **KINDS[kind], train={"zero_stage": stage})
     place = build_mesh(mesh)
     inputs = _inputs(chosen, model_on(chosen, place), place, "train", SERVING)
     assert estimate(chosen, topology()).optimizer == inputs.bytes_per_device()["optimizer"] - COUNTERS.get(name, 8)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -11,14 +12,9 @@ import pytest
 
 from gshardx.config import (
     CheckpointConfig,
-    Config,
-    DataConfig,
     DebugConfig,
     GuardConfig,
-    ModelConfig,
-    MoEConfig,
     OptimizerConfig,
-    TrainConfig,
 )
 from gshardx.data.prefetch import Ahead
 from gshardx.errors import BadInput
@@ -94,17 +90,11 @@ def test_an_exploding_router_is_named_once_until_it_calms_down():
 
 
 @pytest.fixture
-def config(tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(f'{{"text": "{word} {"to be or not to be " * 6}"}}\n' for word in "abcdefghij"))
-    return Config(
-        model=ModelConfig(
-            layers=2, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16, moe=MoEConfig(num_experts=4, hidden=8)
-        ),
-        mesh=MeshConfig(data=2, expert=4),
-        data=DataConfig(path=str(text), tokenizer="bytes", sequence_length=16),
+def config(config):
+    return dataclasses.replace(
+        config,
         optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=1, ema_decay=0.9),
-        train=TrainConfig(steps=10, batch_size=8, sample_tokens=0),
+        train=dataclasses.replace(config.train, steps=10),
         checkpoint=CheckpointConfig(every=2, keep=8),
     )
 
@@ -128,7 +118,8 @@ def run(config, folder):
     saved = place.checkpoints / str(config.train.steps)
     return lines, {
         str(f.relative_to(saved)): f.read_bytes()
-        for f in (saved / "params").rglob("*")
+        for item in ("params", "ema")
+        for f in (saved / item).rglob("*")
         if "success" not in f.name and f.is_file()
     }
 
@@ -159,10 +150,11 @@ def test_a_planted_nan_changes_nothing_but_the_count(config, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_planted_spike_goes_back_and_leaves_the_batches_out(config, tmp_path, monkeypatch, capfd):
-    """The rest is the run that never saw them: the one that takes batches 1 to 4, then 7 and later."""
+    """The rest is the run that never saw them: the one that takes batches 1 to 4, then 7 and later. A step that was
+    skipped among those undone no longer counts, in the average neither."""
     guarded = dataclasses.replace(config, guard=GuardConfig(spike_factor=1.15, spike_window=2))
     with monkeypatch.context() as patch:
-        planted(patch, lambda number, batch: with_rare_targets(batch) if number == 6 else batch)
+        planted(patch, lambda number, batch: SPOILED.get(number, lambda batch: batch)(batch))
         lines, spiked = run(guarded, tmp_path / "spiked")
     out = capfd.readouterr().out
     assert "step 6: loss" in out
@@ -172,13 +164,17 @@ def test_a_planted_spike_goes_back_and_leaves_the_batches_out(config, tmp_path, 
     with monkeypatch.context() as patch:
         without(patch, {5, 6})
         plain, calm = run(config, tmp_path / "plain")
-    assert [line["learning/loss"] for line in lines] == [line["learning/loss"] for line in plain]
+    for name in ("learning/loss", "learning/current_learning_rate", "guard/skipped_steps"):
+        assert [line[name] for line in lines] == [line[name] for line in plain], name
     assert spiked == calm
     assert (tmp_path / "spiked" / "damaged" / "6").is_dir()
 
 
 def with_rare_targets(batch):
     return batch._replace(targets=jnp.full_like(batch.targets, 7))
+
+
+SPOILED = {5: lambda batch: with_weights(batch, jnp.float32("nan")), 6: with_rare_targets}
 
 
 def without(monkeypatch, numbers):
@@ -200,6 +196,21 @@ def test_a_run_that_spikes_too_often_ends(config, tmp_path, monkeypatch):
     planted(monkeypatch, lambda number, batch: with_rare_targets(batch) if number in (6, 10) else batch)
     with pytest.raises(BadInput, match=r"has gone back 1 time\(s\) already"):
         loop.train(dataclasses.replace(config, guard=guard), RunDir(tmp_path / "run"), "command")
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_step_that_spikes_saves_nothing_of_it(config, tmp_path, monkeypatch):
+    def spoil(number, batch):
+        if number == 6:
+            signal.raise_signal(signal.SIGTERM)
+            return with_rare_targets(batch)
+        return batch
+
+    planted(monkeypatch, spoil)
+    guard, place = GuardConfig(spike_factor=1.15, spike_window=2), RunDir(tmp_path / "run")
+    assert loop.train(dataclasses.replace(config, guard=guard), place, "command") == 128 + signal.SIGTERM
+    assert max(int(step.name) for step in place.checkpoints.iterdir()) == 5, "back to 4, and a step of grace"
+    assert (place.path / "damaged" / "6").is_dir()
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gshardx.config import CheckpointConfig, Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from gshardx.layers import Packed
 from gshardx.models.build import Variables
 from gshardx.sharding import MeshConfig
@@ -21,22 +20,6 @@ from gshardx.train.state import init_state
 from gshardx.train.text import read_text
 
 
-@pytest.fixture
-def config(tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(f'{{"text": "{word} {"to be or not to be " * 6}"}}\n' for word in "abcdefghij"))
-    return Config(
-        model=ModelConfig(
-            layers=2, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16, moe=MoEConfig(num_experts=4, hidden=8)
-        ),
-        mesh=MeshConfig(data=2, expert=4),
-        data=DataConfig(path=str(text), tokenizer="bytes", sequence_length=16),
-        optimizer=OptimizerConfig(warmup_steps=2),
-        train=TrainConfig(steps=8, batch_size=8, sample_tokens=0),
-        checkpoint=CheckpointConfig(every=3),
-    )
-
-
 def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch):
     step, compiled = [0], []
 
@@ -46,9 +29,9 @@ def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch
 
     put = loop.Meter.put
 
-    def counted(self, number, metrics):
+    def counted(self, number, *more):
         step[0] = number
-        put(self, number, metrics)
+        put(self, number, *more)
 
     monkeypatch.setattr(loop.Meter, "put", counted)
     monkeypatch.setattr(loop, "report", lambda *_: step.__setitem__(0, -1))
