@@ -1,5 +1,6 @@
 """gshardx's own train step on random tokens: its config, its job, its batches. One number of devices a process."""
 
+import resource
 import statistics
 import time
 from importlib.metadata import version
@@ -7,13 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from shape import Shape, steady_median
+from shape import WARM_UP_STEPS, Shape, steady_median
 
 from gshardx.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
 from gshardx.data.blocks import Mixture
 from gshardx.data.corpora import MemoryCorpus
 from gshardx.data.pipeline import TrainingRows, training_rows
 from gshardx.sharding import MeshConfig, simulate_devices
+from gshardx.sharding.startup import keep_memory
 from gshardx.train.job import Job
 from gshardx.train.state import init_state
 
@@ -60,6 +62,8 @@ def measure(devices: int, steps: int, shape: Shape) -> dict[str, Any]:
         BadInput: ``shape`` does not divide over ``devices``.
     """
     config = config_of(shape, devices)
+    if devices == 1:
+        keep_memory()  # as the command does
     simulate_devices(devices)
     job = Job.of(config, vocab=shape.vocab)
     start = time.perf_counter()
@@ -67,12 +71,13 @@ def measure(devices: int, steps: int, shape: Shape) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - start
     state = init_state(job.blueprint, job.optimizer, config.seed, job.mesh)
     rows = random_rows(shape)
-    seconds, dropped = [], []
+    seconds, dropped, faults = [], [], [page_faults()]
     for _ in range(steps):
         start = time.perf_counter()
         state, metrics = train_step(state, job.to_device(next(rows)))
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - start)
+        faults.append(page_faults())
         dropped.append(float(metrics.stats.drop_fraction.mean()))
     median = steady_median(seconds)
     return {
@@ -80,6 +85,12 @@ def measure(devices: int, steps: int, shape: Shape) -> dict[str, Any]:
         "median_step_seconds": median,
         "compile_seconds": compile_seconds,
         "drop_fraction": statistics.median(dropped),
+        "page_faults": statistics.median(np.diff(faults)[WARM_UP_STEPS:].tolist()),
         "note": str(config.mesh),
         "versions": [f"gshardx {version('gshardx')} on jax {jax.__version__}"],
     }
+
+
+def page_faults() -> int:
+    """Pages that Linux has mapped for this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

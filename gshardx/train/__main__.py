@@ -6,6 +6,7 @@ from pathlib import Path
 from gshardx.cli import parse_config, run_command
 from gshardx.models.moe import check_router_options
 from gshardx.sharding import distributed, simulate_devices
+from gshardx.sharding.startup import keep_memory
 from gshardx.train.run_dir import RunDir
 
 PROG = "python -m gshardx.train"
@@ -18,6 +19,8 @@ def main(argv: list[str]) -> int:
     meeting, rest = distributed.take_flags(argv)
     config, file = parse_config(PROG, DESCRIPTION, rest)
     check_router_options(config.model.moe)
+    if config.mesh.size == 1:
+        keep_memory()
     simulate_devices(config.mesh.size, distributed.join(*meeting))
     from gshardx.train.loop import train  # after the devices are settled
 
