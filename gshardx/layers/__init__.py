@@ -1,13 +1,14 @@
 """What is computed: Flax NNX modules over pure functions."""
 
 from gshardx.layers.attention import Attention
-from gshardx.layers.block import Block, Stack, Unit
+from gshardx.layers.block import Block, Layers, Stack, Unit
 from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Ragged, choose_dispatcher
 from gshardx.layers.embed import Embedding, Unembedding
 from gshardx.layers.experts import Experts, FeedForward
 from gshardx.layers.memory import KVCache, Memory, Packed
 from gshardx.layers.moe import MoE, MoEMetrics
 from gshardx.layers.norm import RMSNorm
+from gshardx.layers.paged import Paged, paged_attention
 from gshardx.layers.param import param_shardings
 from gshardx.layers.routing import (
     Capacity,
@@ -25,7 +26,8 @@ from gshardx.layers.shared import GatedShared, Residual, Shared
 
 __all__ = [
     "Attention", "Auto", "Block", "Capacity", "Dispatcher", "Einsum", "Embedding", "Experts", "FeedForward",
-    "GShardRouter", "GatedShared", "Gather", "KVCache", "Losses", "Memory", "MoE", "MoEMetrics", "Packed", "RMSNorm",
-    "Ragged", "Residual", "Router", "RouterState", "RouterStats", "Routing", "Shared", "SigmoidBiasRouter", "Stack",
-    "SwitchRouter", "TopKRouter", "Unembedding", "Unit", "choose_dispatcher", "param_shardings",
+    "GShardRouter", "GatedShared", "Gather", "KVCache", "Layers", "Losses", "Memory", "MoE", "MoEMetrics", "Packed",
+    "Paged", "RMSNorm", "Ragged", "Residual", "Router", "RouterState", "RouterStats", "Routing", "Shared",
+    "SigmoidBiasRouter", "Stack", "SwitchRouter", "TopKRouter", "Unembedding", "Unit", "choose_dispatcher",
+    "paged_attention", "param_shardings",
 ]  # fmt: skip

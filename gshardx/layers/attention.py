@@ -3,20 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from gshardx.layers.memory import Memory
 from gshardx.layers.param import fan_in_normal, param
 from gshardx.layers.rope import rotate
 from gshardx.sharding import shard
-
-
-@jax.checkpoint
-def _attend(
-    q: Float[Array, "b t n d"], k: Float[Array, "b l q d"], v: Float[Array, "b l q d"], mask: Bool[Array, "b 1 t l"]
-) -> Float[Array, "b t n d"]:
-    """Softmax attention whose backward pass makes the ``[b, n, t, l]`` probabilities again instead of keeping them."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 class Attention(nnx.Module):
@@ -69,7 +61,6 @@ class Attention(nnx.Module):
             v = jnp.einsum("btm,mqd->btqd", x, self.w_v[...].astype(dtype))
             q = shard(rotate(q, positions, self.rope_base), "batch time heads head_dim")
             k = shard(rotate(k, positions, self.rope_base), "batch time kv_heads head_dim")
-            keys, values, mask, memory = memory.extend(layer, k, shard(v, "batch time kv_heads head_dim"))
-            heads = _attend(q, keys.astype(dtype), values.astype(dtype), mask)
+            heads, memory = memory.attend(layer, q, k, shard(v, "batch time kv_heads head_dim"))
             out = jnp.einsum("btnd,ndm->btm", heads, self.w_o[...].astype(dtype))
             return shard(out, "batch time model"), memory

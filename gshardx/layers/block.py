@@ -80,7 +80,7 @@ class Unit(nnx.Module):
         positions: Int[Array, "b t"],
         valid: Bool[Array, "b t"],
         memory: Memory,
-        first_layer: Int[Array, ""],
+        first_layer: int | Int[Array, ""],
         keys: Array | None,
         state: RouterState,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics]:
@@ -152,3 +152,36 @@ class Stack(nnx.Module):
         layers = (jnp.arange(self.count), params, state)
         (x, memory), metrics = jax.lax.scan(REMAT[self.remat](step), (x, memory), layers)
         return x, memory, metrics
+
+
+class Layers(Stack):
+    """The same units, each with arrays of its own, computed in turn: for inference.
+
+    A slice of stacked parameters would be copied each time (XLA's CPU compiler, jax 0.10), which doubles what a decode
+    step reads and writes. Args as :class:`Stack`; where nothing is differentiated, ``remat`` has no effect.
+    """
+
+    def __init__(self, make: Callable[[nnx.Rngs], Unit], count: int, remat: str = "none", *, rngs: nnx.Rngs) -> None:
+        self.separate = nnx.List([make(rngs) for _ in range(count)])
+        self.count, self.remat = count, remat
+
+    @property
+    def router(self) -> Router:
+        return cast(MoE, self.separate[0].sparse.feed_forward).router
+
+    def __call__(
+        self,
+        x: Float[Array, "b t m"],
+        positions: Int[Array, "b t"],
+        valid: Bool[Array, "b t"],
+        memory: Memory,
+        keys: Array | None,
+        state: RouterState,
+    ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics]:
+        found = []
+        for index, unit in enumerate(self.separate):
+            own = jax.tree.map(lambda leaf, index=index: leaf[index], state)
+            first = index * (len(unit.dense) + 1)
+            x, memory, metrics = unit(x, positions, valid, memory, first, keys, own)
+            found.append(metrics)
+        return x, memory, jax.tree.map(lambda *one_each: jnp.stack(one_each), *found)

@@ -1,11 +1,11 @@
 """What attention attends to: the packed sequence itself in training, a KV cache in inference.
 
-A memory has one verb, ``extend``: given a layer's new keys and values, it returns all that the queries may look at, and
-the memory that now holds the new ones. Attention is written once and never asks which it has.
+A memory has one verb, ``attend``: it takes in a layer's new keys and values and answers the queries from all that each
+may look at. Attention is written once and never asks which memory it has.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.sharding import shard
 
-Keys = Float[Array, "b l q d"]
+Heads = Float[Array, "b t n d"]
 
 
 class Memory(Protocol):
-    """``extend`` takes a layer's index and its new keys and values ``[b, t, q, d]``."""
+    """``attend`` takes a layer's index and its new queries, keys and values."""
 
-    def extend(
-        self, layer: int | Int[Array, ""], k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
-    ) -> "tuple[Keys, Keys, Bool[Array, 'b 1 t l'], Memory]":
-        """Return keys and values ``[b, l, q, d]``, which of them each query may see, and the next memory."""
+    def attend(
+        self, layer: Any, q: Heads, k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
+    ) -> "tuple[Heads, Memory]":
+        """Return what each query found, and the memory that now holds the new keys and values."""
         ...
+
+
+@jax.checkpoint
+def _attend(q: Heads, k: Float[Array, "b l q d"], v: Float[Array, "b l q d"], mask: Bool[Array, "b 1 t l"]) -> Heads:
+    """Softmax attention whose backward pass makes the ``[b, n, t, l]`` probabilities again instead of keeping them."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 @jax.tree_util.register_dataclass
@@ -41,10 +47,10 @@ class Packed:
         causal = jnp.tril(jnp.ones((t, t), bool))
         return cls((same & causal)[:, None])
 
-    def extend(
-        self, layer: int | Int[Array, ""], k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
-    ) -> tuple[Keys, Keys, Bool[Array, "b 1 t l"], "Packed"]:
-        return k, v, self.mask, self
+    def attend(
+        self, layer: Any, q: Heads, k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
+    ) -> tuple[Heads, "Packed"]:
+        return _attend(q, k, v, self.mask), self
 
 
 @jax.tree_util.register_dataclass
@@ -62,9 +68,9 @@ class KVCache:
 
     AXES = "layer batch time kv_heads head_dim"
 
-    def extend(
-        self, layer: int | Int[Array, ""], k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
-    ) -> tuple[Keys, Keys, Bool[Array, "b 1 t l"], "KVCache"]:
+    def attend(
+        self, layer: Any, q: Heads, k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
+    ) -> tuple[Heads, "KVCache"]:
         # Row by row: indexed by [layer, row, position] at once, every device would be sent all rows' keys and places.
         def put(all_rows: Array, new: Array) -> Array:
             write = jax.vmap(lambda row, at, x: row.at[layer, at].set(x, mode="drop"), in_axes=(1, 0, 0), out_axes=1)
@@ -72,4 +78,5 @@ class KVCache:
 
         all_k, all_v = put(self.k, k), put(self.v, v)
         seen = jnp.arange(self.k.shape[2])[None, None, :] <= self.positions[:, :, None]
-        return all_k[layer], all_v[layer], seen[:, None], dataclasses.replace(self, k=all_k, v=all_v)
+        heads = _attend(q, all_k[layer].astype(q.dtype), all_v[layer].astype(q.dtype), seen[:, None])
+        return heads, dataclasses.replace(self, k=all_k, v=all_v)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from gshardx.config import ModelConfig
-from gshardx.layers import RouterState
+from gshardx.layers import RouterState, Stack
 from gshardx.models.decoder import Decoder
 from gshardx.sharding import variable_axes, variable_spec
 
@@ -67,13 +67,13 @@ class Blueprint:
         return nnx.merge(self.graph, params)
 
 
-def blueprint(config: ModelConfig, vocab: int, mesh: Mesh) -> Blueprint:
-    """Work out every parameter's shape and place on ``mesh`` without allocating any.
+def blueprint(config: ModelConfig, vocab: int, mesh: Mesh, stack: type[Stack] = Stack) -> Blueprint:
+    """Work out every parameter's shape and place on ``mesh`` without allocating any; ``stack`` as in :class:`Decoder`.
 
     Raises:
         BadInput: a parameter has no layout or does not divide over the mesh, or the router has no such option.
     """
-    module = nnx.eval_shape(lambda: Decoder(config, vocab, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: Decoder(config, vocab, rngs=nnx.Rngs(0), stack=stack))
     graph, state = nnx.split(module, nnx.Param)
     flat = nnx.to_flat_state(state)
     placed, axes = [], []

@@ -34,14 +34,15 @@ class Decoder(nnx.Module):
     Args:
         config: sizes.
         vocab: size of the vocabulary, v.
+        stack: how units are arranged: :class:`Stack`, or :class:`gshardx.layers.Layers` for inference.
     """
 
-    def __init__(self, config: ModelConfig, vocab: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, vocab: int, *, rngs: nnx.Rngs, stack: type[Stack] = Stack) -> None:
         self.residual_dtype, self.logits_dtype = _dtype(config, "residual"), _dtype(config, "logits")
         self.dropout, self.logit_cap = config.dropout, config.logit_cap
         self.embedding = Embedding(vocab, config.width, rngs=rngs)
         units = config.layers // config.moe.every
-        self.stack = Stack(lambda rngs: _unit(config, rngs), units, config.remat, rngs=rngs)
+        self.stack = stack(lambda rngs: _unit(config, rngs), units, config.remat, rngs=rngs)
         self.final_norm = RMSNorm(config.width, rngs=rngs)
         self.unembedding = None if config.tie_embeddings else Unembedding(vocab, config.width, rngs=rngs)
 

@@ -109,7 +109,7 @@ def reshard(x: Array, from_: str, to: str, rules: Rules = RULES, *, name: str = 
 def manual(
     function: Callable[..., Any],
     in_axes: Sequence[str],
-    out_axes: str,
+    out_axes: str | tuple[str, ...],
     rules: Rules = RULES,
     *,
     axes: Sequence[str] | None = None,
@@ -122,7 +122,7 @@ def manual(
         function: sees local shapes along the manual axes; collectives inside name them.
         in_axes: logical names of each argument's leading dimensions; an argument may be a pytree whose leaves share
             them.
-        out_axes: of the result.
+        out_axes: of the result, or one for each of several.
         rules: where the names live.
         axes: the mesh axes that become manual; None makes all so. Along the others shapes stay whole, the partitioner
             goes on, and annotations inside ``function`` hold. Call it inside jit then.
@@ -141,7 +141,7 @@ def manual(
                 f"did you mean {nearest(axis, mesh.shape)!r}?"
             )
     ins = tuple(unchecked_spec(names.split(), mesh, rules, axes) for names in in_axes)
-    out = unchecked_spec(out_axes.split(), mesh, rules, axes)
+    out = jax.tree.map(lambda names: unchecked_spec(names.split(), mesh, rules, axes), out_axes)
     on_each = jax.shard_map(
         function, in_specs=ins, out_specs=out, axis_names=frozenset(axes or mesh.axis_names), check_vma=check_vma
     )

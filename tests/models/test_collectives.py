@@ -87,16 +87,15 @@ def test_the_meshes_are_all_that_the_model_divides_over():
     assert set(FAST) <= set(MESHES)
 
 
-def is_fast(mesh_config, step):
-    return mesh_config in FAST and (step != "train" or mesh_config == FAST[0])
+def tier(mesh_config, step):
+    if mesh_config == FAST[0]:
+        return []
+    return pytest.mark.slow if mesh_config in FAST and step != "train" else pytest.mark.sweep
 
 
 @pytest.mark.parametrize(
     ("mesh_config", "step"),
-    [
-        pytest.param(mesh, step, marks=[] if is_fast(mesh, step) else pytest.mark.sweep)
-        for mesh, step in itertools.product(MESHES, STEPS)
-    ],
+    [pytest.param(mesh, step, marks=tier(mesh, step)) for mesh, step in itertools.product(MESHES, STEPS)],
     ids=str,
 )
 def test_every_step_keeps_to_its_budget_on_every_mesh(mesh_config, step, compiling_anew, capfd):

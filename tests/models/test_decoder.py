@@ -154,7 +154,13 @@ def test_dropout_draws_by_row_and_only_with_keys():
     assert np.abs(np.asarray(first - second)[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("part", ["residual", "attention", "feed_forward", "experts", "logits"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "experts",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("residual", "attention", "feed_forward", "logits")),
+    ],
+)
 def test_a_part_in_float32_comes_nearer_to_float32(part):
     """In bfloat16 with one part in float32: another result, and the part's products are in float32."""
     low = dataclasses.replace(model(layers=2), dtype="bfloat16")

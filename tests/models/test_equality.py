@@ -93,9 +93,13 @@ def test_there_are_enough_meshes():
     assert set(QUICK) < set(MESHES)
 
 
-@pytest.mark.parametrize(
-    "mesh_config", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.sweep) for m in MESHES], ids=str
-)
+def tier(mesh_config):
+    if mesh_config not in QUICK:
+        return pytest.mark.sweep
+    return [] if mesh_config == QUICK[0] else pytest.mark.slow
+
+
+@pytest.mark.parametrize("mesh_config", [pytest.param(m, marks=tier(m)) for m in MESHES], ids=str)
 def test_every_mesh_gives_what_one_device_gives(mesh_config, one_device):
     assert_same(everything(mesh_config), one_device)
 

@@ -125,9 +125,9 @@ def test_the_slow_network_carries_data_then_fsdp_then_expert(config, slices, cro
     assert dict(mesh.shape) == config.shape
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert sorted(device.id for device in mesh.devices.flat) == list(range(config.size))
-    assert {
-        axis for axis in config.shape if any(len(line) > 1 for line in islands_along(mesh, axis, slice_of))
-    } == set(crossing.split())
+    assert {axis for axis in config.shape if any(len(line) > 1 for line in islands_along(mesh, axis, slice_of))} == set(
+        crossing.split()
+    )
 
 
 def test_every_axis_stays_in_blocks_of_one_slice():

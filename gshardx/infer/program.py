@@ -1,0 +1,294 @@
+"""What the device computes: one call over any tokens (``step``), and several tokens in turn for each row (``decode``).
+
+Both are the training model's own forward pass over a paged cache, and both multiply at most ``tile`` rows at a time on
+each device, so that a matrix product is made by the same kernel whoever else is in the call: the bits of a token depend
+on its sequence alone. A call of more tokens goes over its tiles one after the other, as often as there are tokens.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from gshardx.infer.buffer import Layout
+from gshardx.infer.request import MAX_STOP_TOKENS
+from gshardx.infer.sampling import TOP, Context, Draw, Drawn, draw
+from gshardx.layers import Paged
+from gshardx.models.build import Blueprint, Variables
+from gshardx.sharding import abstract_array, shard
+
+
+class Sizes(NamedTuple):
+    """What programs are compiled for.
+
+    shards: of the mesh's batch axes, b. slots: sequences at once on each. pages: of each, with page 0. page_size:
+    tokens of a page. max_length: of a sequence. tile: rows of a matrix product. steps: tokens that a row draws in one
+    call of ``decode`` at most.
+    """
+
+    shards: int
+    slots: int
+    pages: int
+    page_size: int
+    max_length: int
+    tile: int
+    steps: int
+
+    @property
+    def table(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_length // self.page_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeviceState:
+    """What the device keeps from call to call; donated to each. The last slot is nobody's.
+
+        k, v: pages, as in :class:`gshardx.layers.Paged`. last: the newest token of each slot. history, bias: as
+    :class:`gshardx.infer.sampling.Context`, for each slot.
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    last: Int[Array, "b slots"]
+    history: Int[Array, "b slots v"]
+    bias: Float[Array, "b slots v"]
+
+
+def abstract_state(blueprint: Blueprint, sizes: Sizes, mesh: Mesh) -> DeviceState:
+    """Shapes, dtypes and shardings."""
+    config = blueprint.config
+    pool = (sizes.shards, sizes.pages, config.kv_heads, sizes.page_size, config.head_dim)
+    by_slot = (sizes.shards, sizes.slots + 1)
+
+    def place(shape: tuple[int, ...], dtype: str, axes: str) -> Any:
+        return abstract_array(shape, jnp.dtype(dtype), axes.split(), mesh, tensor="engine state")
+
+    pools = tuple(place(pool, config.dtype, Paged.AXES) for _ in range(config.layers))
+    return DeviceState(
+        k=pools,
+        v=pools,
+        last=place(by_slot, "int32", "batch slot"),
+        history=place((*by_slot, blueprint.vocab), "int32", "batch slot model"),
+        bias=place((*by_slot, blueprint.vocab), "float32", "batch slot model"),
+    )
+
+
+def row_fields(sizes: Sizes, rows: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Of each sequence in a call: its slot, its pages, its settings, and the tokens that end it, -1 for none."""
+    by_row = (sizes.shards, rows)
+    return {
+        "slot": (by_row, "int32"),
+        "table": ((*by_row, sizes.table), "int32"),
+        "stop": ((*by_row, MAX_STOP_TOKENS), "int32"),
+        "temperature": (by_row, "float32"),
+        "top_k": (by_row, "int32"),
+        "top_p": (by_row, "float32"),
+        "min_p": (by_row, "float32"),
+        "repetition": (by_row, "float32"),
+        "presence": (by_row, "float32"),
+        "frequency": (by_row, "float32"),
+        "seed": (by_row, "uint32"),
+        "choice": (by_row, "uint32"),
+        "biased": (by_row, "int32"),
+        "alternatives": (by_row, "int32"),
+    }
+
+
+def step_layout(sizes: Sizes, tokens: int, samples: int) -> Layout:
+    """Input of ``step``: ``tokens`` tokens of up to ``slots`` sequences, and up to ``samples`` places to draw at.
+
+    token -1: the newest one of its slot. position -1: padding. sample: an index into the tokens; sample_row: into the
+    rows; sample_slot: where to note the token as the newest of its slot.
+    """
+    by_token, by_sample = (sizes.shards, tokens), (sizes.shards, samples)
+    return Layout(
+        {
+            "tiles": ((), "int32"),
+            "longest": ((), "int32"),
+            "token": (by_token, "int32"),
+            "row": (by_token, "int32"),
+            "position": (by_token, "int32"),
+            "sample": (by_sample, "int32"),
+            "sample_row": (by_sample, "int32"),
+            "sample_slot": (by_sample, "int32"),
+            **row_fields(sizes, min(tokens, sizes.slots)),
+        }
+    )
+
+
+def decode_layout(sizes: Sizes, rows: int) -> Layout:
+    """Input of ``decode``: of each row its newest token (-1: that of its slot), its position (-1: none there), and how
+    many tokens it may draw; ``steps`` of the whole call.
+    """
+    by_row = (sizes.shards, rows)
+    return Layout(
+        {
+            "steps": ((), "int32"),
+            "longest": ((), "int32"),
+            "token": (by_row, "int32"),
+            "position": (by_row, "int32"),
+            "limit": (by_row, "int32"),
+            **row_fields(sizes, rows),
+        }
+    )
+
+
+def result_layout(sizes: Sizes, steps: int, rows: int, vocab: int) -> Layout:
+    """Output of both: ``steps`` tokens for each of ``rows`` places."""
+    shape, top = (steps, sizes.shards, rows), min(TOP, vocab)
+    return Layout(
+        {
+            "token": (shape, "int32"),
+            "logprob": (shape, "float32"),
+            "best": ((*shape, top), "int32"),
+            "best_logprob": ((*shape, top), "float32"),
+            "finite": (shape, "int32"),
+        }
+    )
+
+
+def step(
+    blueprint: Blueprint, sizes: Sizes, variables: Variables, state: DeviceState, given: dict[str, Array]
+) -> tuple[DeviceState, dict[str, Array]]:
+    """Store all tokens, tile by tile, and draw at the samples' places."""
+    model = blueprint.bind(variables.params)
+    token, row, position = (shard(given[name], "batch time") for name in ("token", "row", "position"))
+    slot = _of_row(given["slot"], row)
+    token = jnp.where(token < 0, jnp.take_along_axis(state.last, slot, axis=1), token)
+    table, tile = shard(given["table"], "batch time slot"), min(sizes.tile, token.shape[1])
+
+    def compute(number: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+        found, k, v = carry
+        here = [jax.lax.dynamic_slice_in_dim(x, number * tile, tile, axis=1) for x in (token, row, position)]
+        hidden, memory = _forward(model, variables, k, v, table, given["longest"], *here)
+        return jax.lax.dynamic_update_slice_in_dim(found, hidden, number * tile, axis=1), memory.k, memory.v
+
+    config = blueprint.config
+    empty = jnp.zeros((*token.shape, config.width), jnp.dtype(model.logits_dtype))
+    hidden, k, v = jax.lax.fori_loop(0, given["tiles"], compute, (shard(empty, "batch time model"), state.k, state.v))
+
+    sampled = jnp.take_along_axis(hidden, given["sample"][..., None], axis=1)
+    at = jnp.take_along_axis(position, given["sample"], axis=1) + 1
+    rows = {name: _of_row(given[name], given["sample_row"]) for name in (*Draw._fields, "slot")}
+    state = dataclasses.replace(state, k=k, v=v)
+    drawn = _draw(model, sizes, state, shard(sampled, "batch time model"), rows, at)
+    state = _noted(state, given["sample_slot"], drawn.token)
+    return state, _result(drawn)
+
+
+def decode(
+    blueprint: Blueprint, sizes: Sizes, variables: Variables, state: DeviceState, given: dict[str, Array]
+) -> tuple[DeviceState, dict[str, Array]]:
+    """Store each row's newest token and draw the next one, ``steps`` times; a row stops at its limit or its stop."""
+    model = blueprint.bind(variables.params)
+    given = {name: shard(x, " ".join(["batch", "time", "slot"][: x.ndim])) for name, x in given.items()}
+    slot, table, rows = given["slot"], given["table"], {name: given[name] for name in (*Draw._fields, "slot")}
+    token = jnp.where(given["token"] < 0, jnp.take_along_axis(state.last, slot, axis=1), given["token"])
+    row = jnp.broadcast_to(jnp.arange(token.shape[1], dtype=jnp.int32), token.shape)
+    layout = result_layout(sizes, sizes.steps, token.shape[1], blueprint.vocab)
+    nothing = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in layout.fields.items()}
+
+    def once(number: Array, carry: tuple[Any, Array, Array, Any]) -> tuple[Any, Array, Array, Any]:
+        state, token, position, results = carry
+        hidden, memory = _forward(model, variables, state.k, state.v, table, given["longest"], token, row, position)
+        state = dataclasses.replace(state, k=memory.k, v=memory.v)
+        drawn = _draw(model, sizes, state, hidden, rows, position + 1)
+        state = _noted(state, jnp.where(position < 0, sizes.slots, slot), drawn.token)
+        here = _result(drawn)
+        results = {
+            name: jax.lax.dynamic_update_slice_in_dim(results[name], here[name], number, axis=0) for name in results
+        }
+        ended = (drawn.token[..., None] == given["stop"]).any(-1) | (number + 1 >= given["limit"])
+        return state, drawn.token, jnp.where(ended | (position < 0), -1, position + 1), results
+
+    carry = (state, token, given["position"], nothing)
+    state, _, _, results = jax.lax.fori_loop(0, given["steps"], once, carry)
+    return state, results
+
+
+def admit(
+    state: DeviceState, shard_number: Int[Array, ""], slot: Int[Array, ""], history: Int[Array, "v"],
+    bias: Float[Array, "v"],
+) -> DeviceState:  # fmt: skip
+    """Start a slot with its own history and bias."""
+    shards, slots = state.last.shape
+    everywhere = jnp.arange(shards, dtype=jnp.int32)
+    at = jnp.where(everywhere == shard_number, slot, slots - 1)
+    put = jax.vmap(lambda table, slot, row: table.at[slot].set(row), in_axes=(0, 0, None))
+    return dataclasses.replace(state, history=put(state.history, at, history), bias=put(state.bias, at, bias))
+
+
+def _forward(
+    model: Any,
+    variables: Variables,
+    k: tuple[Array, ...],
+    v: tuple[Array, ...],
+    table: Int[Array, "b r pages"],
+    longest: Int[Array, ""],
+    token: Int[Array, "b t"],
+    row: Int[Array, "b t"],
+    position: Int[Array, "b t"],
+) -> tuple[Float[Array, "b t m"], Paged]:
+    memory = Paged(k, v, table, row, position, longest)
+    place, valid = jnp.maximum(position, 0), position >= 0
+    hidden, memory, _ = model.hidden(token, place, valid, memory, None, variables.router)
+    return hidden, memory
+
+
+def _draw(
+    model: Any,
+    sizes: Sizes,
+    state: DeviceState,
+    hidden: Float[Array, "b s m"],
+    rows: dict[str, Array],
+    position: Int[Array, "b s"],
+) -> Drawn:
+    """Draw for each place; the result has leading axes b and s."""
+    b, s, _ = hidden.shape
+    pieces = [hidden[:, first : first + sizes.tile] for first in range(0, s, sizes.tile)]
+    logits = jnp.concatenate([model.logits(piece) for piece in pieces], axis=1)
+
+    def flat(x: Array) -> Array:
+        return x.reshape(b * s, *x.shape[2:])
+
+    def look_up() -> Context:
+        of_slot = rows["slot"][..., None]
+        return Context(*(flat(jnp.take_along_axis(x, of_slot, axis=1)) for x in (state.history, state.bias)))
+
+    how = Draw(**{name: flat(rows[name]) for name in Draw._fields})
+    drawn = draw(flat(logits), how, flat(position), look_up)
+    return jax.tree.map(lambda x: x.reshape(b, s, *x.shape[1:]), drawn)
+
+
+def _noted(state: DeviceState, slot: Int[Array, "b s"], token: Int[Array, "b s"]) -> DeviceState:
+    """The tokens as the newest ones of their slots, and in their history."""
+    last = jax.vmap(lambda row, at, new: row.at[at].set(new))(state.last, slot, token)
+    history = jax.vmap(lambda table, at, new: table.at[at, new].add(2))(state.history, slot, token)
+    return dataclasses.replace(state, last=last, history=history)
+
+
+def _of_row(values: Array, row: Int[Array, "b s"]) -> Array:
+    """Of each token or sample, what its row has."""
+    return jnp.take_along_axis(shard(values, "batch time"), row, axis=1)
+
+
+def _result(drawn: Drawn) -> dict[str, Array]:
+    """One step's worth, with its leading axis."""
+    return {name: value[None].astype(jnp.int32) if name == "finite" else value[None]
+            for name, value in drawn._asdict().items()}  # fmt: skip
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """On every device, whole: where a call's buffers are."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def pages_for(sizes: Sizes) -> int:
+    """Pages with which every slot can hold the longest sequence, and page 0."""
+    return 1 + sizes.slots * math.ceil(sizes.max_length / sizes.page_size)

@@ -1,0 +1,143 @@
+"""Attention over a paged cache: every token looks up the pages of its own sequence (PagedAttention, arXiv 2309.06180).
+
+Tokens of any sequences stand side by side, prompt chunks and single new tokens alike. Page after page is taken into a
+running softmax (arXiv 1805.02867). A token's result depends on its own pages alone, in their order: a page after the
+token's own position changes no bit, so neither does who else is in the batch.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gshardx.sharding import manual
+
+MASKED = -1e30
+"""Score of what a token may not see; finite, so that a padding token's maximum is a number."""
+
+Pool = Float[Array, "b p q l d"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """Keys and values of every layer in pages of l tokens, and where the tokens of this call stand.
+
+    k, v: one pool ``[b, p, q, l, d]`` a layer, b the mesh's batch shards, each with p pages of its own.
+    tables: pages of each sequence, in order, 0 where it has none. sequence: of each token, an index into ``tables``.
+    positions: of each token in its sequence; -1 for padding, which is stored on page 0, where nobody looks.
+    longest: pages of the longest sequence.
+    """
+
+    k: tuple[Pool, ...]
+    v: tuple[Pool, ...]
+    tables: Int[Array, "b r pages"]
+    sequence: Int[Array, "b t"]
+    positions: Int[Array, "b t"]
+    longest: Int[Array, ""]
+
+    AXES = "batch slot kv_heads time head_dim"
+
+    def attend(
+        self, layer: int, q: Float[Array, "b t n d"], k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
+    ) -> "tuple[Float[Array, 'b t n d'], Paged]":
+        """Store ``k`` and ``v``, then answer each query from its sequence up to its own position."""
+
+        on_one = jax.vmap(_store_and_attend, in_axes=(0,) * 8 + (None,))
+
+        by_head, by_kv_head = "batch time heads head_dim", "batch time kv_heads head_dim"
+        names = (
+            by_head,
+            by_kv_head,
+            by_kv_head,
+            self.AXES,
+            self.AXES,
+            "batch time slot",
+            "batch time",
+            "batch time",
+            "",
+        )
+        on_each = manual(on_one, names, (by_head, self.AXES, self.AXES), check_vma=False)
+        arguments = (q, k, v, self.k[layer], self.v[layer], self.tables, self.sequence, self.positions, self.longest)
+        out, new_k, new_v = on_each(*arguments)
+        return out, dataclasses.replace(self, k=_with(self.k, layer, new_k), v=_with(self.v, layer, new_v))
+
+
+def _with(pools: tuple[Array, ...], layer: int, pool: Array) -> tuple[Array, ...]:
+    return (*pools[:layer], pool, *pools[layer + 1 :])
+
+
+def _store_and_attend(
+    q: Float[Array, "t n d"],
+    k: Float[Array, "t q d"],
+    v: Float[Array, "t q d"],
+    k_pool: Float[Array, "p q l d"],
+    v_pool: Float[Array, "p q l d"],
+    tables: Int[Array, "r pages"],
+    sequence: Int[Array, "t"],
+    positions: Int[Array, "t"],
+    longest: Int[Array, ""],
+) -> tuple[Array, Array, Array]:
+    size = k_pool.shape[2]
+    table = tables[sequence]
+    place = jnp.maximum(positions, 0)
+    own = jnp.take_along_axis(table, place[:, None] // size, axis=1)[:, 0]
+    page = jnp.where(positions < 0, 0, own)
+    k_pool = k_pool.at[page, :, place % size].set(k.astype(k_pool.dtype))
+    v_pool = v_pool.at[page, :, place % size].set(v.astype(v_pool.dtype))
+    return paged_attention(q, k_pool, v_pool, table, positions, longest), k_pool, v_pool
+
+
+def paged_attention(
+    q: Float[Array, "t n d"],
+    k_pool: Float[Array, "p q l d"],
+    v_pool: Float[Array, "p q l d"],
+    table: Int[Array, "t pages"],
+    positions: Int[Array, "t"],
+    longest: Int[Array, ""],
+    *,
+    window: int | None = None,
+    sinks: Float[Array, "n"] | None = None,
+) -> Float[Array, "t n d"]:
+    """Softmax attention of each token to positions 0 to its own of the sequence whose pages ``table`` lists; fp32 sums.
+
+    Args:
+        q: n query heads share q heads of keys and values.
+        k_pool, v_pool: pages of l tokens.
+        table: pages of each token's sequence.
+        positions: of each token; -1: padding, whose result means nothing.
+        longest: how many pages of ``table`` to read.
+        window: see only the last so many positions, one's own among them (Mistral).
+        sinks: a logit a head beside the scores, which takes weight and gives nothing (GPT-OSS).
+    """
+    t, n, d = q.shape
+    size, kv_heads = k_pool.shape[2], k_pool.shape[1]
+    grouped = (q.astype(jnp.float32) * d**-0.5).reshape(t, kv_heads, n // kv_heads, d)
+    first = jnp.full(grouped.shape[:3], MASKED) if sinks is None else _every_token(sinks, grouped.shape[:3])
+
+    def take_in(number: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, found = running
+        pages = jax.lax.dynamic_index_in_dim(table, number, axis=1, keepdims=False)
+        at = number * size + jnp.arange(size, dtype=jnp.int32)
+        seen = at <= positions[:, None]
+        if window is not None:
+            seen &= at > positions[:, None] - window
+        keys, values = k_pool[pages].astype(jnp.float32), v_pool[pages].astype(jnp.float32)
+        scores = jnp.einsum("tqgd,tqld->tqgl", grouped, keys)
+        scores = jnp.where(seen[:, None, None], scores, MASKED)
+        new_highest = jnp.maximum(highest, scores.max(-1))
+        weights = jnp.where(seen[:, None, None], jnp.exp(scores - new_highest[..., None]), 0.0)
+        # What a page held before is masked too, since 0 times infinity is not 0.
+        values = jnp.where(seen[:, None, :, None], values, 0.0)
+        kept = jnp.exp(highest - new_highest)
+        found = found * kept[..., None] + jnp.einsum("tqgl,tqld->tqgd", weights, values)
+        return new_highest, total * kept + weights.sum(-1), found
+
+    total = jnp.zeros_like(first) if sinks is None else jnp.ones_like(first)
+    _, total, found = jax.lax.fori_loop(0, longest, take_in, (first, total, jnp.zeros_like(grouped)))
+    return (found / jnp.maximum(total, 1e-30)[..., None]).reshape(t, n, d).astype(q.dtype)
+
+
+def _every_token(sinks: Float[Array, "n"], shape: tuple[int, ...]) -> Float[Array, "t q g"]:
+    return jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, *shape[1:]), shape)

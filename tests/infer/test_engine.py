@@ -1,0 +1,246 @@
+"""The engine against the full forward pass, and against itself under every circumstance that must not matter."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gshardx.errors import BadInput
+from gshardx.infer.request import Request, SamplingParams
+from gshardx.layers import Packed
+from gshardx.sharding import MeshConfig
+from gshardx.sharding.guard import count_compiles, forbid_compile
+from tests.infer.conftest import SMALL, Model, texts
+
+
+@dataclasses.dataclass
+class Answer:
+    tokens: list
+    logprobs: list
+    text: str = ""
+    reason: str = ""
+    error: str = ""
+
+
+def collected(outputs):
+    answers = {}
+    for one in outputs:
+        answer = answers.setdefault((one.id, one.choice), Answer([], []))
+        assert not answer.reason, "an output after the last"
+        answer.tokens += one.tokens
+        answer.logprobs += one.logprobs
+        answer.text += one.text
+        answer.reason, answer.error = one.finish_reason or "", one.error
+    assert all(answer.reason for answer in answers.values())
+    return answers
+
+
+def answered(engine, requests):
+    """All at once."""
+    for request in requests:
+        engine.submit(request)
+    with forbid_compile():
+        answers = collected(engine.run())
+    assert_everything_is_back(engine)
+    return answers
+
+
+def assert_everything_is_back(engine):
+    for shard in engine.scheduler.shards:
+        assert shard.pool.held == 0
+        assert shard.running == []
+        assert len(shard.slots) == engine.config.slots
+    assert engine.scheduler.waiting == []
+
+
+def mixed(seed, count):
+    """Requests that use everything, some sharing the beginning of their prompts."""
+    draw = np.random.default_rng(seed)
+    prompts = texts(seed, count)
+    common = draw.integers(0, 256, 21).astype(np.int32)
+    requests = []
+    for number, prompt in enumerate(prompts):
+        if draw.random() < 0.4:
+            prompt = np.concatenate([common[: draw.integers(1, 22)], prompt[:12]])
+        params = SamplingParams(
+            max_new_tokens=int(draw.integers(1, 24)),
+            temperature=float(draw.choice([0.0, 0.7, 1.0, 1.5])),
+            top_k=int(draw.choice([0, 0, 3, 40])),
+            top_p=float(draw.choice([1.0, 1.0, 0.8])),
+            min_p=float(draw.choice([0.0, 0.0, 0.1])),
+            repetition_penalty=float(draw.choice([1.0, 1.0, 1.3])),
+            presence_penalty=float(draw.choice([0.0, 0.0, 0.5])),
+            frequency_penalty=float(draw.choice([0.0, 0.0, 0.4])),
+            logit_bias={} if draw.random() < 0.7 else {int(draw.integers(0, 256)): 4.0, 65: -100.0},
+            seed=int(draw.integers(0, 1000)),
+            n=int(draw.choice([1, 1, 1, 3])),
+            logprobs=int(draw.choice([0, 5])),
+            stop=() if draw.random() < 0.7 else ("e", "\x10\x11"),
+            stop_tokens=() if draw.random() < 0.7 else (10, 117),
+        )
+        requests.append(Request(str(number), prompt, params, priority=int(draw.integers(0, 3))))
+    return requests
+
+
+def logprobs_of_full_pass(model, tokens):
+    """Of every next token, by one dropless forward pass of the training modules: ``[t, v]``."""
+    module = model.plan.bind(jax.device_put(jax.device_get(model.variables.params), jax.devices()[0]))
+    tokens = jnp.asarray(tokens, jnp.int32)[None]
+    ones = jnp.ones_like(tokens)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    router = jax.device_get(model.variables.router)
+    hidden, _, _ = module.hidden(tokens, positions, ones > 0, Packed.of(ones), None, router)
+    return np.asarray(jax.nn.log_softmax(module.logits(hidden)[0]))
+
+
+def check_against_full_pass(model, requests, answers):
+    """Every reported log-probability, and greedy's choices."""
+    for request in requests:
+        answer = answers[request.id, 0]
+        sequence = np.concatenate([request.prompt, answer.tokens]).astype(np.int32)
+        expected = logprobs_of_full_pass(model, sequence)[len(request.prompt) - 1 : -1]
+        for step, logprob in enumerate(answer.logprobs):
+            assert abs(logprob.logprob - expected[step][logprob.token]) < 1e-5
+            if request.params.temperature == 0:
+                assert logprob.token == expected[step].argmax()
+
+
+def plain(seed, count):
+    return [
+        Request(str(i), p, SamplingParams(max_new_tokens=9, temperature=float(i % 2), logprobs=0, ignore_end=True))
+        for i, p in enumerate(texts(seed, count))
+    ]
+
+
+def test_paged_decoding_equals_the_training_forward(model, engine):
+    requests = plain(1, 6)
+    check_against_full_pass(model, requests, answered(engine, requests))
+
+
+@pytest.fixture(scope="module")
+def requests():
+    return mixed(2, 24)
+
+
+@pytest.fixture(scope="module")
+def usual(model, engine, requests):
+    return answered(engine, requests)
+
+
+def test_alone_as_in_company(engine, requests, usual):
+    for request in requests:
+        assert answered(engine, [request])[request.id, 0] == usual[request.id, 0]
+
+
+@pytest.mark.slow
+def test_in_any_order_and_one_after_the_other(engine, requests, usual):
+    assert answered(engine, requests[::-1]) == usual
+    outputs, waiting = [], list(requests)
+    while waiting or not engine.idle:
+        if waiting:
+            engine.submit(waiting.pop())
+        outputs += engine.step()
+    assert collected(outputs) == usual
+
+
+OTHER = {
+    "smaller chunks": {"budget": 8},
+    "one token a call": {"steps": 1},
+    "fewer slots": {"slots": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER)
+def test_engines_of_other_sizes_answer_alike(model, requests, usual, name):
+    assert answered(model.engine(dataclasses.replace(SMALL, **OTHER[name])), requests) == usual
+
+
+@pytest.mark.slow
+def test_prefixes_are_found_and_change_nothing(model, engine, requests, usual):
+    fresh = model.engine()
+    assert answered(fresh, requests) == usual
+    cached = fresh.stats.cached_tokens
+    assert answered(fresh, requests) == usual
+    assert fresh.stats.cached_tokens > cached + 50
+
+
+@pytest.mark.slow
+def test_those_that_gave_up_their_pages_say_the_same(model, requests, usual):
+    scarce = model.engine(dataclasses.replace(SMALL, pages=16))
+    assert answered(scarce, requests) == usual
+    assert scarce.stats.retractions > 0
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_the_start(model, requests):
+    engine = model.engine()
+    with count_compiles() as count:
+        answered(engine, requests)
+    assert count.compiled == []
+
+
+@pytest.mark.slow
+def test_choices_share_the_pages_of_their_prompt(engine, model):
+    engine = model.engine()
+    prompt = texts(9, 1, 60)[0]
+    prompt = np.resize(prompt, 33)
+    answers = answered(engine, [Request("a", prompt, SamplingParams(max_new_tokens=5, n=4))])
+    assert len({tuple(answer.tokens) for answer in answers.values()}) > 1
+    assert engine.stats.cached_tokens == 3 * 32, "three found all whole pages but what the last token needs"
+
+
+@pytest.mark.slow
+def test_families_share_nothing(model):
+    engine, prompt = model.engine(), np.arange(40, dtype=np.int32)
+    for family in ("a", "b"):
+        answered(engine, [Request(family, prompt, SamplingParams(max_new_tokens=1), family=family)])
+    assert engine.stats.cached_tokens == 0
+
+
+def test_a_cancelled_request_is_gone_at_once(engine):
+    for number, prompt in enumerate(texts(3, 8)):
+        engine.submit(Request(str(number), prompt, SamplingParams(max_new_tokens=30, ignore_end=True)))
+    outputs = engine.step() + engine.step()
+    for number in (0, 7):  # one that runs, one that waits
+        engine.cancel(str(number))
+    assert len(engine.scheduler.running) <= 3
+    answers = collected([*outputs, *engine.run()])
+    assert [answers[str(number), 0].reason for number in range(8)] == ["cancelled", *["length"] * 6, "cancelled"]
+    assert_everything_is_back(engine)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request("r", np.zeros(0, np.int32), SamplingParams()), "prompt is empty"),
+        (Request("r", np.zeros(60, np.int32), SamplingParams(max_new_tokens=5)), "over the length of 64"),
+        (Request("r", np.asarray([3, 999], np.int32), SamplingParams(max_new_tokens=5)), "no token 999"),
+        (Request("r", np.zeros(1, np.int32), SamplingParams(max_new_tokens=5, logit_bias={-2: 1.0})), "no token -2"),
+    ],
+)
+def test_what_cant_be_served_is_refused(engine, request_, message):
+    with pytest.raises(BadInput, match=message):
+        engine.submit(request_)
+    assert engine.idle
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(data=2, expert=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(expert=8), marks=pytest.mark.sweep),
+    ],
+    ids=str,
+)
+def test_eight_devices_answer_as_one(model, mesh):
+    requests = plain(4, 12)
+    many = Model(mesh)
+    answers = answered(many.engine(dataclasses.replace(SMALL, slots=2, pages=40)), requests)
+    check_against_full_pass(many, requests, answers)
+    one = answered(model.engine(), requests)
+    for key, answer in answers.items():
+        assert answer.tokens == one[key].tokens
+        np.testing.assert_allclose(*([x.logprob for x in a.logprobs] for a in (answer, one[key])), atol=1e-5)

@@ -1,0 +1,117 @@
+"""Paged attention against plain attention in NumPy, page by page on the host."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gshardx.layers import paged_attention
+from gshardx.layers.paged import _store_and_attend
+
+PAGES, KV, SIZE, D, N = 23, 2, 4, 8, 4
+LENGTHS = (1, 4, 5, 17)
+"""Tokens of each sequence; a page holds 4."""
+
+
+def attention(q, keys, values, position, window=None, sinks=None):
+    """One query ``[n, d]`` over ``[l, q, d]``, head by head, in float64."""
+    first = 0 if window is None else max(0, position + 1 - window)
+    out = []
+    for head in range(N):
+        k, v = (x[first : position + 1, head // (N // KV)].astype(np.float64) for x in (keys, values))
+        scores = k @ q[head].astype(np.float64) / np.sqrt(D)
+        top = max(scores.max(), -np.inf if sinks is None else sinks[head])
+        weights = np.exp(scores - top)
+        total = weights.sum() + (0 if sinks is None else np.exp(sinks[head] - top))
+        out.append(weights @ v / total)
+    return np.stack(out)
+
+
+@pytest.fixture
+def draw():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def sequences(draw):
+    """Queries, keys and values of all tokens of each sequence."""
+    return [tuple(draw.normal(size=(n, heads, D)).astype(np.float32) for heads in (N, KV, KV)) for n in LENGTHS]
+
+
+def tables(draw):
+    """Disjoint pages in any order."""
+    free = list(draw.permutation(np.arange(1, PAGES)))
+    return np.asarray([[free.pop() if 4 * i < n else 0 for i in range(5)] for n in LENGTHS], np.int32)
+
+
+store_and_attend = jax.jit(_store_and_attend)
+
+
+def fed(sequences, table, chunks, dirt=0.0, width=8):
+    """The results of all tokens, fed ``chunks[i]`` tokens of each sequence a call, side by side."""
+    k_pool = v_pool = jnp.full((PAGES, KV, SIZE, D), dirt)
+    done, found = [0] * len(sequences), [[] for _ in sequences]
+    while any(at < len(q) for at, (q, *_) in zip(done, sequences, strict=True)):
+        places = [
+            (number, done[number] + offset)
+            for number, (q, *_) in enumerate(sequences)
+            for offset in range(min(chunks[number], len(q) - done[number]))
+        ]
+        sequence, positions = np.zeros(width, np.int32), np.full(width, -1, np.int32)
+        sequence[: len(places)] = [number for number, _ in places]
+        positions[: len(places)] = [at for _, at in places]
+        inputs = [
+            np.stack([sequences[number][part][at] for number, at in places] + [np.zeros_like(sequences[0][part][0])]
+                     * (width - len(places)))
+            for part in range(3)
+        ]  # fmt: skip
+        longest = jnp.int32(positions.max() // SIZE + 1)
+        out, k_pool, v_pool = store_and_attend(*inputs, k_pool, v_pool, table, sequence, positions, longest)
+        for row, (number, at) in enumerate(places):
+            found[number].append(np.asarray(out[row]))
+            done[number] = at + 1
+    return [np.stack(rows) for rows in found]
+
+
+def test_every_token_sees_its_own_sequence_up_to_itself(sequences, draw):
+    found = fed(sequences, tables(draw), chunks=(1, 2, 3, 2))
+    for (q, k, v), result in zip(sequences, found, strict=True):
+        for position, row in enumerate(result):
+            np.testing.assert_allclose(row, attention(q[position], k, v, position), atol=2e-6)
+
+
+@pytest.mark.parametrize("chunks", [(1, 1, 1, 1), (1, 4, 1, 2), (0, 0, 0, 8)])
+def test_a_tokens_bits_depend_on_nothing_but_its_sequence(sequences, draw, chunks):
+    """Not on its neighbours, on chunks, on which pages it has, nor on what they held before, be it NaN."""
+    usual = fed(sequences, tables(draw), chunks=(1, 2, 3, 2))
+    if chunks[0] == 0:
+        sequences, usual = sequences[3:], usual[3:]
+        table, chunks = tables(draw)[3:], chunks[3:]
+    else:
+        table = tables(draw)
+    other = fed(sequences, table, chunks, dirt=np.nan)
+    for a, b in zip(usual, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("window", "with_sinks"), [(3, False), (None, True), (6, True)])
+def test_windows_and_sinks(draw, window, with_sinks):
+    sinks = draw.normal(size=N).astype(np.float32) if with_sinks else None
+    length = 17
+    k, v = (draw.normal(size=(length, KV, D)).astype(np.float32) for _ in range(2))
+    table = np.asarray([4, 2, 9, 1, 7], np.int32)
+    pools = []
+    for x in (k, v):
+        pool = np.zeros((PAGES, KV, SIZE, D), np.float32)
+        for at in range(length):
+            pool[table[at // SIZE], :, at % SIZE] = x[at]
+        pools.append(pool)
+    positions = np.asarray([0, 2, 5, 16], np.int32)
+    q = draw.normal(size=(4, N, D)).astype(np.float32)
+    out = paged_attention(
+        jnp.asarray(q), *map(jnp.asarray, pools), jnp.asarray(np.tile(table, (4, 1))), jnp.asarray(positions),
+        jnp.int32(5), window=window, sinks=None if sinks is None else jnp.asarray(sinks),
+    )  # fmt: skip
+    for row, position in enumerate(positions):
+        expected = attention(q[row], k, v, position, window, sinks)
+        np.testing.assert_allclose(np.asarray(out[row]), expected, atol=2e-6)
