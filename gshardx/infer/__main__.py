@@ -1,4 +1,4 @@
-"""``python -m gshardx.infer generate --run RUN_DIR --prompt TEXT``, once, or once a process"""
+"""``python -m gshardx.infer generate | batch --run RUN_DIR ...``, once, or once a process"""
 
 import argparse
 import os
@@ -9,8 +9,11 @@ import jax
 
 from gshardx.cli import run_command
 from gshardx.errors import BadInput
-from gshardx.infer import generate
+from gshardx.infer import batch, generate
+from gshardx.infer.options import mesh_of
 from gshardx.sharding import distributed, simulate_devices
+
+COMMANDS = {"generate": generate.generate, "batch": batch.batch}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,11 +30,15 @@ def main(argv: list[str]) -> int:
     generate.add_arguments(
         commands.add_parser("generate", help="continue prompts", description=described, allow_abbrev=False)
     )
+    described = "Continue many prompts from a file. Where it was interrupted, the same command goes on."
+    batch.add_arguments(
+        commands.add_parser("batch", help="continue prompts of a file", description=described, allow_abbrev=False)
+    )
     arguments = parser.parse_args(rest)
-    simulate_devices(generate.mesh_of(arguments).size, distributed.join(*meeting))
+    simulate_devices(mesh_of(arguments).size, distributed.join(*meeting))
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return generate.generate(arguments)
+    return COMMANDS[arguments.command](arguments)
 
 
 if __name__ == "__main__":

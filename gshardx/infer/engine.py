@@ -13,7 +13,7 @@ One thread may use an engine; it keeps one call of the device ahead of the resul
 import collections
 import contextlib
 import dataclasses
-import math
+import warnings
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -23,63 +23,17 @@ from jax.sharding import Mesh
 
 from gshardx.data.tokenizer import Tokenizer
 from gshardx.errors import BadInput
-from gshardx.infer.program import Sizes, pages_for
+from gshardx.infer.fill import fill_decode, fill_step
 from gshardx.infer.programs import Programs
 from gshardx.infer.request import FinishReason, Logprob, Output, Request, SamplingParams
 from gshardx.infer.scheduler import NeedsResults, Plan, Scheduler, Segment, Sequence
+from gshardx.infer.settings import EngineConfig
 from gshardx.infer.slots import SlotTables
 from gshardx.infer.text import TextStream
 from gshardx.infer.weights import separate
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import one_program_at_a_time
 from gshardx.sharding.distributed import fetch
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Sizes, each for one batch shard of the mesh.
-
-    Raises:
-        BadInput: one that can't be.
-    """
-
-    slots: int = 32
-    """Sequences computed at once."""
-    max_length: int = 1024
-    """Tokens of a prompt and its continuation together."""
-    page_size: int = 64
-    """Tokens of a page; prefixes are shared in whole pages."""
-    pages: int | None = None
-    """Of the cache; default: enough for ``slots`` sequences of ``max_length``."""
-    budget: int = 128
-    """Tokens of one call that computes prompts: more is faster for them, and holds up those that write."""
-    tile: int = 32
-    """Rows of a matrix product. Up to here bits do not depend on the batch (CPUs: 32)."""
-    steps: int = 8
-    """Tokens that a sequence may write in one call, where all are writing."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and value < 1:
-                raise BadInput(f"{field.name} = {value}: must be 1 or more")
-        if self.tile < 2:
-            raise BadInput(f"tile = {self.tile}: a product of one row is made by another kernel; use 2 or more")
-
-    def sizes(self, mesh: Mesh) -> Sizes:
-        shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
-        sizes = Sizes(shards, self.slots, 0, self.page_size, self.max_length, self.tile, self.steps)
-        return sizes._replace(pages=self.pages + 1 if self.pages else pages_for(sizes))
-
-    def token_buckets(self) -> list[int]:
-        """A small call for a few tokens, and the largest, which goes over as many tiles as it needs."""
-        whole = -(-max(self.budget, self.slots) // self.tile) * self.tile
-        return sorted({min(8, self.tile), whole})
-
-    def row_buckets(self) -> list[int]:
-        """Powers of two; never one row, whose products another kernel makes."""
-        top = max(2, self.slots)
-        return sorted({min(2**power, top) for power in range(1, 2 + math.ceil(math.log2(top)))})
 
 
 @dataclasses.dataclass
@@ -141,14 +95,24 @@ class Engine:
         variables: Variables,
         mesh: Mesh,
         tokenizer: Tokenizer,
-        config: EngineConfig = EngineConfig(),
+        config: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
     ) -> None:
         self.config, self.tokenizer, self.stats = config, tokenizer, Stats()
         blueprint, self._variables = separate(blueprint, variables, mesh)
         self.vocab = blueprint.vocab
         self.sizes = sizes = config.sizes(mesh)
         tokens, rows = config.token_buckets(), config.row_buckets()
-        self.programs = Programs(blueprint, sizes, mesh, tokens=tokens, rows=rows, samples=max(2, config.slots))
+
+        def compiled(tile: int) -> Programs:
+            self.sizes = sizes._replace(tile=tile)
+            return Programs(blueprint, self.sizes, mesh, tokens=tokens, rows=rows, samples=max(2, config.slots))
+
+        self.programs = compiled(config.tile)
+        while not self.programs.agree(self._variables):
+            if self.sizes.tile == 2:
+                warnings.warn("XLA's programs differ here: last digits depend on who else is served", stacklevel=2)
+                break
+            self.programs = compiled(max(2, self.sizes.tile // 2))
         self._state = self.programs.initial_state()
         self._tables = SlotTables(sizes)
         self.scheduler = Scheduler(
@@ -255,31 +219,9 @@ class Engine:
         most = max(sum(one.length for one in segments) for segments in plan.segments)
         call = self.programs.step_for(most)
         buffer, given = call.blank()
-        given["position"][:] = -1
-        given["sample_slot"][:] = self.sizes.slots
+        places = fill_step(given, plan, self._tables, self.sizes)
+        self.stats.tokens += sum(one.length for segments in plan.segments for one in segments)
         tile = min(self.sizes.tile, given["token"].shape[1])
-        given["tiles"][...] = -(-most // tile)
-        given["longest"][...] = self._longest(plan, 0)
-        places: list[list[int]] = []
-        for shard, segments in enumerate(plan.segments):
-            self._tables.fill(given, shard, [one.sequence.slot for one in segments])
-            at, drawing = 0, 0
-            places.append([])
-            for row, (sequence, start, length, draws, _) in enumerate(segments):
-                here = slice(at, at + length)
-                known = sequence.tokens[start : min(start + length, sequence.known)]
-                given["token"][shard, here] = -1
-                given["token"][shard, at : at + len(known)] = known
-                given["row"][shard, here] = row
-                given["position"][shard, here] = np.arange(start, start + length)
-                at += length
-                places[-1].append(drawing if draws else -1)
-                if draws:
-                    given["sample"][shard, drawing] = at - 1
-                    given["sample_row"][shard, drawing] = row
-                    given["sample_slot"][shard, drawing] = sequence.slot
-                    drawing += 1
-            self.stats.tokens += at
         self.stats.padded_tokens += self.sizes.shards * int(given["tiles"]) * tile
         self._state, result = call(self._variables, self._state, buffer)
         return _Flight(plan, result, call.result.views, places)
@@ -287,28 +229,11 @@ class Engine:
     def _decode_call(self, plan: Plan) -> _Flight:
         call = self.programs.decode_for(max(map(len, plan.segments)))
         buffer, given = call.blank()
-        given["position"][:] = -1
-        given["token"][:] = -1
-        given["longest"][...] = self._longest(plan, plan.steps - 1)
-        steps = 1
-        for shard, segments in enumerate(plan.segments):
-            self._tables.fill(given, shard, [one.sequence.slot for one in segments])
-            for row, (sequence, start, _, _, _) in enumerate(segments):
-                given["position"][shard, row] = start
-                given["limit"][shard, row] = limit = min(plan.steps, sequence.room)
-                if not sequence.pending:
-                    given["token"][shard, row] = sequence.tokens[start]
-                steps = max(steps, limit)
-                self.stats.tokens += limit
-        given["steps"][...] = steps
-        self.stats.padded_tokens += given["position"].size * steps
+        fill_decode(given, plan, self._tables, self.sizes)
+        self.stats.tokens += int(given["limit"].sum())
+        self.stats.padded_tokens += given["position"].size * int(given["steps"])
         self._state, result = call(self._variables, self._state, buffer)
-        return _Flight(plan, result, call.result.views, [list(range(len(s))) for s in plan.segments])
-
-    def _longest(self, plan: Plan, more: int) -> int:
-        """Pages of the longest sequence in the call."""
-        last = max(one.start + one.length for segments in plan.segments for one in segments)
-        return min(-(-(last + more) // self.sizes.page_size), self.sizes.table)
+        return _Flight(plan, result, call.result.views, [list(range(len(one))) for one in plan.segments])
 
     def _read(self, flight: _Flight) -> list[Output]:
         found = flight.read(fetch(flight.result))

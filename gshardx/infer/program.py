@@ -1,12 +1,11 @@
 """What the device computes: one call over any tokens (``step``), and several tokens in turn for each row (``decode``).
 
 Both are the training model's own forward pass over a paged cache, and both multiply at most ``tile`` rows at a time on
-each device, so that a matrix product is made by the same kernel whoever else is in the call: the bits of a token depend
-on its sequence alone. A call of more tokens goes over its tiles one after the other, as often as there are tokens.
+each device: a call of more tokens goes over its tiles one after the other, as often as there are tokens. So few sizes
+of matrix products occur, and :mod:`gshardx.infer.programs` can see to it that all of them give the same bits.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -196,13 +195,18 @@ def decode(
 
     def once(number: Array, carry: tuple[Any, Array, Array, Any]) -> tuple[Any, Array, Array, Any]:
         state, token, position, results = carry
-        hidden, memory = _forward(model, variables, state.k, state.v, table, given["longest"], token, row, position)
-        state = dataclasses.replace(state, k=memory.k, v=memory.v)
-        drawn = _draw(model, sizes, state, hidden, rows, position + 1)
+        k, v = state.k, state.v
+        pieces: list[Array] = []
+        for first in range(0, token.shape[1], sizes.tile):
+            here = [x[:, first : first + sizes.tile] for x in (token, row, position)]
+            hidden, memory = _forward(model, variables, k, v, table, given["longest"], *here)
+            k, v, pieces = memory.k, memory.v, [*pieces, hidden]
+        state = dataclasses.replace(state, k=k, v=v)
+        drawn = _draw(model, sizes, state, jnp.concatenate(pieces, axis=1), rows, position + 1)
         state = _noted(state, jnp.where(position < 0, sizes.slots, slot), drawn.token)
-        here = _result(drawn)
+        new = _result(drawn)
         results = {
-            name: jax.lax.dynamic_update_slice_in_dim(results[name], here[name], number, axis=0) for name in results
+            name: jax.lax.dynamic_update_slice_in_dim(results[name], new[name], number, axis=0) for name in results
         }
         ended = (drawn.token[..., None] == given["stop"]).any(-1) | (number + 1 >= given["limit"])
         return state, drawn.token, jnp.where(ended | (position < 0), -1, position + 1), results
@@ -287,8 +291,3 @@ def _result(drawn: Drawn) -> dict[str, Array]:
 def everywhere(mesh: Mesh) -> NamedSharding:
     """On every device, whole: where a call's buffers are."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def pages_for(sizes: Sizes) -> int:
-    """Pages with which every slot can hold the longest sequence, and page 0."""
-    return 1 + sizes.slots * math.ceil(sizes.max_length / sizes.page_size)

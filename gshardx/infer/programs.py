@@ -1,4 +1,9 @@
-"""Every program that an engine runs, compiled before its first request."""
+"""Every program that an engine runs, compiled before its first request, and held against each other.
+
+A request meets one program or another as others come and go, so all must give the same bits. Which sizes of a matrix
+product do depends on the backend's kernels, the model's shapes and versions: it is tried, not assumed
+(:meth:`Programs.agree`).
+"""
 
 import os
 import time
@@ -24,8 +29,17 @@ from gshardx.infer.program import (
     step,
     step_layout,
 )
+from gshardx.infer.sampling import TOP
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import CompiledStep
+from gshardx.sharding.distributed import fetch
+
+OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}}
+"""Of XLA's compilers. By default its CPU compiler sums up rows in one order where there are few of them and in another
+where there are many (jax 0.10 and 0.12)."""
+
+PROBES = 12
+"""Tokens that :func:`probe` computes, each with 21 numbers; where kernels differ, many of them do."""
 
 
 class Call:
@@ -36,9 +50,13 @@ class Call:
         self._place = everywhere(mesh)
 
     def blank(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A buffer of zeros, and its fields to fill in."""
+        """A buffer without tokens, and its fields to fill in."""
         buffer = np.zeros(self.given.words, np.int32)
-        return buffer, self.given.views(buffer)
+        given = self.given.views(buffer)
+        given["position"][:] = -1
+        for name in ("repetition", "top_p"):  # which change nothing at 1
+            given[name][:] = 1.0
+        return buffer, given
 
     def __call__(self, variables: Variables, state: DeviceState, buffer: np.ndarray) -> tuple[DeviceState, jax.Array]:
         """Start it; the result travels to the host meanwhile."""
@@ -75,7 +93,12 @@ class Programs:
             run.__name__ = f"{function.__name__}_{width}"
             buffer = jax.ShapeDtypeStruct((given.words,), jnp.int32, sharding=whole)
             program = CompiledStep(
-                run, (blueprint.variables, state, buffer), mesh, donate=(1,), out_shardings=(places, whole)
+                run,
+                (blueprint.variables, state, buffer),
+                mesh,
+                donate=(1,),
+                out_shardings=(places, whole),
+                options=OPTIONS.get(mesh.devices.flat[0].platform),
             )
             return Call(program, given, result, mesh)
 
@@ -100,6 +123,26 @@ class Programs:
             self.decodes = {count: future.result() for count, future in decodes.items()}
         self.abstract_state, self.seconds = state, time.perf_counter() - start
 
+    def agree(self, variables: Variables) -> bool:
+        """Leave out small programs whose bits are not those of the largest; False where the two largest differ.
+
+        Leaves the pages of an engine's state dirty, as they may be.
+        """
+        state = self.initial_state()
+        calls = [*self.steps.items(), *self.decodes.items()]
+        found = []
+        for _, call in calls:
+            state, bits = probe(call, variables, state)
+            found.append(bits)
+        bits_of = dict(zip([id(call) for _, call in calls], found, strict=True))
+        largest = bits_of[id(self.decodes[max(self.decodes)])]
+        if bits_of[id(self.steps[max(self.steps)])] != largest:
+            return False
+        for buckets in (self.steps, self.decodes):
+            for count in [count for count, call in buckets.items() if bits_of[id(call)] != largest]:
+                del buckets[count]
+        return True
+
     def step_for(self, tokens: int) -> Call:
         """The smallest that holds so many tokens."""
         return self.steps[min(count for count in self.steps if count >= tokens)]
@@ -117,3 +160,24 @@ class Programs:
 
     def __len__(self) -> int:
         return len(self.steps) + len(self.decodes) + 1
+
+
+def probe(call: Call, variables: Variables, state: DeviceState) -> tuple[DeviceState, bytes]:
+    """What a program makes of a sequence that is the same for all: the bits of the best scores after each token."""
+    found = []
+    nobody, vocab = state.last.shape[1] - 1, state.bias.shape[2]
+    for position in range(PROBES):
+        buffer, given = call.blank()
+        given["position"][:, 0] = position
+        given["token"][:, 0] = (17 * position + 5) % vocab
+        given["slot"][:] = nobody
+        given["alternatives"][:] = TOP
+        given["table"][:, 0] = np.arange(1, 1 + given["table"].shape[2])
+        given["longest"][...] = 1 + position // state.k[0].shape[3]
+        for name, value in (("tiles", 1), ("sample_slot", nobody), ("steps", 1), ("limit", 1)):
+            if name in given:
+                given[name][...] = value
+        state, result = call(variables, state, buffer)
+        numbers = call.result.views(fetch(result))
+        found += [numbers[name][0, :, 0].tobytes() for name in ("logprob", "best_logprob")]
+    return state, b"".join(found)

@@ -61,7 +61,7 @@ class Drawn(NamedTuple):
     """The most probable tokens, and ``best_logprob``; zeros where no row asked for any."""
     best_logprob: Float[Array, "s top"]
     finite: Bool[Array, "s"]
-    """Whether the logits were; the token of a row where they were not means nothing."""
+    """Whether the scores were; the token of a row where they were not means nothing."""
 
 
 def draw(
@@ -78,9 +78,9 @@ def draw(
         position: that the token will have in its sequence.
         look_up: fetches what penalties and biases need; only called on where a row has some.
     """
-    finite = jnp.isfinite(logits).all(-1)
     changed = (how.repetition != 1) | (how.presence != 0) | (how.frequency != 0) | (how.biased > 0)
     scores = jax.lax.cond(changed.any(), lambda: _changed(logits, how, look_up()), lambda: logits)
+    finite = jnp.isfinite(scores).all(-1)
     greedy = how.temperature == 0
     drawn = jax.lax.cond((~greedy).any(), _noisy, lambda scores, how, position: scores, scores, how, position)
     token = jnp.argmax(jnp.where(greedy[:, None], scores, drawn), axis=-1).astype(jnp.int32)

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -59,6 +59,7 @@ class CompiledStep(Generic[P, R]):
         mesh: the mesh that annotations inside ``function`` refer to; its devices need not exist (a topology).
         donate: indices of arguments whose buffers the outputs may reuse.
         out_shardings: shardings of the outputs; None lets the partitioner choose.
+        options: XLA's, for this program alone.
 
     Attributes:
         executable: JAX's own object.
@@ -73,6 +74,7 @@ class CompiledStep(Generic[P, R]):
         mesh: Mesh,
         donate: Sequence[int] = (),
         out_shardings: Any = None,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         self.name = getattr(function, "__name__", "function")
         self.mesh = mesh
@@ -83,7 +85,8 @@ class CompiledStep(Generic[P, R]):
             jitted = jax.jit(function, donate_argnums=self.donated, out_shardings=out_shardings)
             lowered = jitted.lower(*abstract)
             middle = time.perf_counter()
-            self.executable = lowered.compile()
+            self.executable = lowered.compile(compiler_options=dict(options) if options else None)
+        self._options = dict(options or {})
         self._lowered: jax.stages.Lowered | None = lowered
         self.lower_seconds, self.compile_seconds = middle - start, time.perf_counter() - middle
 
@@ -204,7 +207,7 @@ class CompiledStep(Generic[P, R]):
         if self.mesh.devices.flat[0].platform == "cpu":
             if self._lowered is None:
                 raise ValueError(f"{self.name} was loaded; on CPUs XLA can't write it again: keep the bytes")
-            executable = _compiled_without_cache(self._lowered)
+            executable = _compiled_without_cache(self._lowered, self._options)
         return pickle.dumps(
             (
                 serialize_executable.serialize(executable),
@@ -234,14 +237,14 @@ class CompiledStep(Generic[P, R]):
         return step
 
 
-def _compiled_without_cache(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def _compiled_without_cache(lowered: jax.stages.Lowered, options: dict[str, str]) -> jax.stages.Compiled:
     config: Any = jax.config
     before = config.jax_enable_compilation_cache
     config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
         # An option, at its default, because without one the executable would be the one in hand.
-        return lowered.compile(compiler_options={"xla_embed_ir_in_executable": False})
+        return lowered.compile(compiler_options={**options, "xla_embed_ir_in_executable": False})
     finally:
         config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()

@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from gshardx.config import ModelConfig, MoEConfig
+from gshardx.config import Config, ModelConfig, MoEConfig
 from gshardx.data.tokenizer import build_tokenizer
-from gshardx.infer.engine import Engine, EngineConfig
+from gshardx.infer.engine import Engine
+from gshardx.infer.load import LoadedRun
+from gshardx.infer.settings import EngineConfig
 from gshardx.models.build import Variables, blueprint
 from gshardx.sharding import MeshConfig, build_mesh
 
@@ -25,6 +27,10 @@ class Model:
         self.mesh = build_mesh(mesh)
         self.plan = blueprint(config, VOCAB, self.mesh)
         self.variables = Variables(self.plan.init(jax.random.key(0)), self.plan.init_router())
+
+    def run(self):
+        """As it would be loaded."""
+        return LoadedRun(Config(model=MODEL), self.tokenizer, self.plan, self.variables, self.mesh, 0)
 
     def engine(self, config=SMALL):
         return Engine(self.plan, self.variables, self.mesh, self.tokenizer, config)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gshardx.errors import BadInput
-from gshardx.infer.request import Request, SamplingParams
+from gshardx.infer.request import Output, Request, SamplingParams
 from gshardx.layers import Packed
 from gshardx.sharding import MeshConfig
 from gshardx.sharding.guard import count_compiles, forbid_compile
@@ -244,3 +244,67 @@ def test_eight_devices_answer_as_one(model, mesh):
     for key, answer in answers.items():
         assert answer.tokens == one[key].tokens
         np.testing.assert_allclose(*([x.logprob for x in a.logprobs] for a in (answer, one[key])), atol=1e-5)
+
+
+def faulty(engine, monkeypatch, victim, kind):
+    """Plant a fault that hits one request alone."""
+    emit, admit = engine._emit, engine._admit
+
+    def broken(*_):
+        raise RuntimeError("planted")
+
+    def emit_of_all(live, segment, found, steps):
+        if live.request.id == victim and len(live.text._tokens) >= 2:
+            if kind == "text":
+                monkeypatch.setattr(live.text, "add", broken)
+            elif kind == "result":
+                found = {name: values for name, values in found.items() if name != "token"}
+            elif kind == "caller":
+                engine.cancel(victim)
+                return Output(victim, live.choice, (), "", (), None)
+        return emit(live, segment, found, steps)
+
+    def admit_with_nan(sequence, params):
+        admit(sequence, params)
+        if engine._live[sequence].request.id == victim:
+            bias = np.array(engine._state.bias)
+            bias[sequence.shard, sequence.slot] = np.nan
+            place = engine._state.bias.sharding
+            engine._state = dataclasses.replace(engine._state, bias=jax.device_put(bias, place))
+
+    monkeypatch.setattr(engine, "_emit", emit_of_all)
+    if kind == "nan":
+        monkeypatch.setattr(engine, "_admit", admit_with_nan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "result", "caller", "nan"])
+def test_a_fault_of_one_request_ends_it_alone(engine, requests, usual, kind):
+    long = [r for r in requests if r.params.max_new_tokens >= 6 and len(usual[r.id, 0].tokens) >= 5]
+    biased = [r for r in long if r.params.logit_bias]
+    for victim in (biased if kind == "nan" else long)[:5]:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            faulty(engine, monkeypatch, victim.id, kind)
+            answers = answered(engine, requests)
+        for key, answer in answers.items():
+            if key[0] != victim.id:
+                assert answer == usual[key]
+        ended = {answers[victim.id, choice].reason for choice in range(victim.params.n)}
+        assert ended == {"cancelled" if kind == "caller" else "error"}
+        errors = [answers[victim.id, 0].error]
+        told = {"text": "planted", "result": "token", "caller": "", "nan": "scores are not finite"}
+        assert told[kind] in errors[0]
+
+
+@pytest.mark.sweep
+def test_a_thousand_requests_twice(model):
+    """In another order the second time, with too few pages for all, and nothing compiled."""
+    engine = model.engine(dataclasses.replace(SMALL, slots=16, pages=60))
+    requests = mixed(7, 1000)
+    with count_compiles() as count:
+        first = answered(engine, requests)
+        second = answered(engine, [requests[i] for i in np.random.default_rng(0).permutation(1000)])
+    assert count.compiled == []
+    assert first == second
+    assert engine.stats.retractions > 0
+    assert engine.stats.cached_tokens > 1000

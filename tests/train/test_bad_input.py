@@ -89,7 +89,7 @@ def test_a_damaged_tokenizer_is_named_by_training_and_by_generation(place, run):
     ("arguments", "said"),
     [
         (["generate", "--run", "nowhere", "--prompt", "a"], "--run nowhere: no config.yaml there"),
-        (["generate", "--run", "run", "--prompt", "a", "--top_p", "1.5"], "--top_p 1.5: must be 0 to 1"),
+        (["generate", "--run", "run", "--prompt", "a", "--top_p", "1.5"], "--top_p = 1.5: must be 0 to 1"),
         (["generate", "--run", "run", "--prompt", ""], "no prompt: give --prompt"),
         (
             ["generate", "--run", "run", "--prompt", "a", "--max_length", "9", "--max_new_tokens", "9"],

@@ -1,0 +1,55 @@
+"""From a plan to the buffer that a call of the device is given."""
+
+import numpy as np
+
+from gshardx.infer.program import Sizes
+from gshardx.infer.scheduler import Plan
+from gshardx.infer.slots import SlotTables
+
+
+def fill_step(given: dict[str, np.ndarray], plan: Plan, tables: SlotTables, sizes: Sizes) -> list[list[int]]:
+    """For ``step``; returns the place in its result of each segment of each shard, -1 where nothing is drawn."""
+    given["sample_slot"][:] = sizes.slots
+    given["longest"][...] = _pages(plan, 0, sizes)
+    places: list[list[int]] = []
+    most = 0
+    for shard, segments in enumerate(plan.segments):
+        tables.fill(given, shard, [one.sequence.slot for one in segments])
+        at, drawing = 0, 0
+        places.append([])
+        for row, (sequence, start, length, draws, _) in enumerate(segments):
+            known = sequence.tokens[start : min(start + length, sequence.known)]
+            given["token"][shard, at : at + length] = -1
+            given["token"][shard, at : at + len(known)] = known
+            given["row"][shard, at : at + length] = row
+            given["position"][shard, at : at + length] = np.arange(start, start + length)
+            at += length
+            places[-1].append(drawing if draws else -1)
+            if draws:
+                given["sample"][shard, drawing] = at - 1
+                given["sample_row"][shard, drawing] = row
+                given["sample_slot"][shard, drawing] = sequence.slot
+                drawing += 1
+        most = max(most, at)
+    given["tiles"][...] = -(-most // min(sizes.tile, given["token"].shape[1]))
+    return places
+
+
+def fill_decode(given: dict[str, np.ndarray], plan: Plan, tables: SlotTables, sizes: Sizes) -> None:
+    """For ``decode``; the place of each segment in its result is its number."""
+    given["token"][:] = -1
+    given["longest"][...] = _pages(plan, plan.steps - 1, sizes)
+    for shard, segments in enumerate(plan.segments):
+        tables.fill(given, shard, [one.sequence.slot for one in segments])
+        for row, (sequence, start, _, _, _) in enumerate(segments):
+            given["position"][shard, row] = start
+            given["limit"][shard, row] = min(plan.steps, sequence.room)
+            if not sequence.pending:
+                given["token"][shard, row] = sequence.tokens[start]
+    given["steps"][...] = given["limit"].max()
+
+
+def _pages(plan: Plan, more: int, sizes: Sizes) -> int:
+    """Of the longest sequence in the call, once each has ``more`` further tokens."""
+    last = max(one.start + one.length for segments in plan.segments for one in segments)
+    return min(-(-(last + more) // sizes.page_size), sizes.table)

@@ -1,0 +1,56 @@
+"""How large an engine is."""
+
+import dataclasses
+import math
+
+from jax.sharding import Mesh
+
+from gshardx.errors import BadInput
+from gshardx.infer.program import Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes, each for one batch shard of the mesh.
+
+    Raises:
+        BadInput: one that can't be.
+    """
+
+    slots: int = 32
+    """Sequences computed at once."""
+    max_length: int = 1024
+    """Tokens of a prompt and its continuation together."""
+    page_size: int = 64
+    """Tokens of a page; prefixes are shared in whole pages."""
+    pages: int | None = None
+    """Of the cache; default: enough for ``slots`` sequences of ``max_length``."""
+    budget: int = 128
+    """Tokens of one call that computes prompts: more is faster for them, and holds up those that write."""
+    tile: int = 32
+    """Rows of a matrix product at most; halved where that is what it takes for all programs to give the same bits."""
+    steps: int = 8
+    """Tokens that a sequence may write in one call, where all are writing."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise BadInput(f"{field.name} = {value}: must be 1 or more")
+        if self.tile < 2:
+            raise BadInput(f"tile = {self.tile}: a product of one row is made by another kernel; use 2 or more")
+
+    def sizes(self, mesh: Mesh) -> Sizes:
+        shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+        pages = self.pages or self.slots * -(-self.max_length // self.page_size)
+        return Sizes(shards, self.slots, pages + 1, self.page_size, self.max_length, self.tile, self.steps)
+
+    def token_buckets(self) -> list[int]:
+        """A small call for a few tokens, and the largest, which goes over as many tiles as it needs."""
+        whole = -(-max(self.budget, self.slots) // self.tile) * self.tile
+        return sorted({min(8, self.tile), whole})
+
+    def row_buckets(self) -> list[int]:
+        """Powers of two; never one row, whose products another kernel makes."""
+        top = max(2, self.slots)
+        return sorted({min(2**power, top) for power in range(1, 2 + math.ceil(math.log2(top)))})
