@@ -270,13 +270,14 @@ def test_a_router_kernel_left_to_the_partitioner_is_caught(monkeypatch):
 def test_a_cache_written_by_rows_and_places_at_once_is_caught(monkeypatch):
     """The partitioner then sends all rows' keys and values everywhere; gshardx did so until the budget saw it."""
 
-    def extend(self, layer, k, v):
+    def attend(self, layer, q, k, v):
         place = (layer, jnp.arange(k.shape[0])[:, None], self.positions)
         k, v = (shard(old.at[place].set(new, mode="drop"), self.AXES) for old, new in ((self.k, k), (self.v, v)))
         seen = jnp.arange(k.shape[2])[None, None, :] <= self.positions[:, :, None]
-        return k[layer], v[layer], seen[:, None], dataclasses.replace(self, k=k, v=v)
+        heads = jax.nn.dot_product_attention(q, k[layer], v[layer], mask=seen[:, None])
+        return heads, dataclasses.replace(self, k=k, v=v)
 
-    monkeypatch.setattr(KVCache, "extend", extend)
+    monkeypatch.setattr(KVCache, "attend", attend)
     for step in ("prefill", "decode"):
         lines = breaches(step, model(), MeshConfig(expert=8))
         assert any("all-gather over expert" in line and "attention" in line for line in lines)
