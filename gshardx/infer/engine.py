@@ -13,7 +13,6 @@ One thread may use an engine; it keeps one call of the device ahead of the resul
 import collections
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -23,14 +22,19 @@ from jax.sharding import Mesh
 
 from gshardx.data.tokenizer import Tokenizer
 from gshardx.errors import BadInput
+from gshardx.infer.costs import measured_costs
+from gshardx.infer.depth import Depth
+from gshardx.infer.drafts import Drafter, FewerExperts, PromptLookup
 from gshardx.infer.fill import fill_decode, fill_step
-from gshardx.infer.programs import Programs
-from gshardx.infer.request import FinishReason, Logprob, Output, Request, SamplingParams
+from gshardx.infer.live import Live
+from gshardx.infer.programs import agreeing_programs
+from gshardx.infer.quantize import quantize
+from gshardx.infer.request import Output, Request, SamplingParams
 from gshardx.infer.scheduler import NeedsResults, Plan, Scheduler, Segment, Sequence
 from gshardx.infer.settings import EngineConfig
 from gshardx.infer.slots import SlotTables
 from gshardx.infer.text import TextStream
-from gshardx.infer.weights import separate
+from gshardx.infer.weights import fewer_experts, separate
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import one_program_at_a_time
 from gshardx.sharding.distributed import fetch
@@ -49,20 +53,10 @@ class Stats:
     cached_tokens: int = 0
     """Of prompts, found in the prefix cache."""
     drawn_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
+    """Of the guesses, those that were right."""
     retractions: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class _Live:
-    """One continuation that is not finished."""
-
-    request: Request
-    choice: int
-    sequence: Sequence
-    text: TextStream
-    ends: frozenset[int]
-    cached: int = -1
-    done: bool = False
 
 
 @dataclasses.dataclass
@@ -73,8 +67,8 @@ class _Flight:
     result: jax.Array
     read: Any
     """From the words of the result to its fields."""
-    places: list[list[int]]
-    """Of each segment of each shard, its place in the result."""
+    places: list[list[range]]
+    """Of each segment of each shard, its places in the result; of ``decode`` one, with tokens in turn."""
 
 
 class Engine:
@@ -99,26 +93,26 @@ class Engine:
     ) -> None:
         self.config, self.tokenizer, self.stats = config, tokenizer, Stats()
         blueprint, self._variables = separate(blueprint, variables, mesh)
+        if config.weights is not None:
+            blueprint, self._variables = quantize(blueprint, self._variables, config.weights, mesh)
         self.vocab = blueprint.vocab
-        self.sizes = sizes = config.sizes(mesh)
-        tokens, rows = config.token_buckets(), config.row_buckets()
-
-        def compiled(tile: int) -> Programs:
-            self.sizes = sizes._replace(tile=tile)
-            return Programs(blueprint, self.sizes, mesh, tokens=tokens, rows=rows, samples=max(2, config.slots))
-
-        self.programs = compiled(config.tile)
-        while not self.programs.agree(self._variables):
-            if self.sizes.tile == 2:
-                warnings.warn("XLA's programs differ here: last digits depend on who else is served", stacklevel=2)
-                break
-            self.programs = compiled(max(2, self.sizes.tile // 2))
+        drafter = fewer_experts(blueprint, config.draft_experts, mesh) if config.drafts == "fewer_experts" else None
+        self.programs, self.sizes = agreeing_programs(blueprint, self._variables, mesh, config, drafter)
+        sizes = self.sizes
         self._state = self.programs.initial_state()
         self._tables = SlotTables(sizes)
         self.scheduler = Scheduler(
-            shards=sizes.shards, slots=sizes.slots, pages=sizes.pages, page_size=sizes.page_size, budget=tokens[-1]
+            shards=sizes.shards,
+            slots=sizes.slots,
+            pages=sizes.pages,
+            page_size=sizes.page_size,
+            budget=config.token_buckets()[-1],
         )
-        self._live: dict[Sequence, _Live] = {}
+        self._drafter: Drafter | None = None
+        if config.drafts is not None:
+            self._drafter = PromptLookup() if drafter is None else FewerExperts(self._draw_drafts)
+            self._depth = Depth(config.draft_depth, measured_costs(self.programs, self._variables, self.sizes))
+        self._live: dict[Sequence, Live] = {}
         self._flights: collections.deque[_Flight] = collections.deque()
         self._ahead = 0 if one_program_at_a_time(mesh) else 1
         self._early: list[Output] = []
@@ -155,13 +149,13 @@ class Engine:
             sequence = Sequence(tokens, len(prompt), family, request.priority, known=len(prompt), after=first)
             first = first or sequence
             ends = frozenset(params.stop_tokens) | (frozenset() if params.ignore_end else {self.tokenizer.end})
-            self._live[sequence] = _Live(request, choice, sequence, TextStream(self.tokenizer, params.stop), ends)
+            self._live[sequence] = Live(request, choice, sequence, TextStream(self.tokenizer, params.stop), ends)
             self.scheduler.add(sequence)
 
     def cancel(self, id: str) -> None:
         """End a request, wherever it is; its pages and slots are free at once."""
         for live in [live for live in self._live.values() if live.request.id == id]:
-            self._early.append(self._ended(live, "cancelled"))
+            self._early.append(self._ended(live, live.output()._replace(finish_reason="cancelled")))
 
     def run(self) -> Iterator[Output]:
         """Until nothing is left."""
@@ -171,19 +165,42 @@ class Engine:
     def step(self) -> list[Output]:
         """Start one call of the device, read the results of the one before, and return what there is to say."""
         said, self._early = self._early, []
+        drafts: dict[Sequence, int] = {}
+        if self._drafter is not None:
+            said += self._read_all()
+            drafts = self._wanted_drafts(self._drafter)
         started = False
         with contextlib.suppress(NeedsResults):
-            started = bool(self._live) and self._start()
+            started = bool(self._live) and self._start(drafts)
         while self._flights and (not started or len(self._flights) > self._ahead):
             said += self._read(self._flights.popleft())
         return said
 
-    def _start(self) -> bool:
-        plan = self.scheduler.plan(self.config.steps)
+    def _wanted_drafts(self, drafter: Drafter) -> dict[Sequence, int]:
+        """How many tokens to guess for whom. Penalties depend on the tokens between, so they go without."""
+        rows = [one for one in self.scheduler.running if one.todo == 1 and one.room > 1]
+        plain = [one for one in rows if not self._live[one].request.params.uses_history]
+        counts = {one: drafter.available(one, min(self.config.draft_depth, one.room - 1)) for one in plain}
+        return self._depth.choose({one: count for one, count in counts.items() if count}, max(1, len(rows)))
+
+    def _draw_drafts(self, segments: list[list[Segment]], steps: int) -> list[list[list[int]]]:
+        """What :class:`FewerExperts` asks for."""
+        one_each = [[Segment(one.sequence, one.start, 1, True) for one in each] for each in segments]
+        call = self.programs.draft_for(max(map(len, one_each)))
+        buffer, given = call.blank()
+        fill_decode(given, Plan(one_each, steps), self._tables, self.sizes)
+        self._state, result = call(self._variables, self._state, buffer)
+        drawn = call.result.views(fetch(result))["token"]
+        return [[drawn[:steps, shard, row].tolist() for row in range(len(each))] for shard, each in enumerate(one_each)]
+
+    def _start(self, drafts: dict[Sequence, int]) -> bool:
+        plan = self.scheduler.plan(self.config.steps, drafts)
         if not any(plan.segments):
             return False
         for segment in (one for segments in plan.segments for one in segments):
             self._install(segment.sequence)
+        if self._drafter is not None and any(one.drafts for segments in plan.segments for one in segments):
+            self._drafter.write(plan.segments)
         prompts = any(not one.draws or one.length > 1 for segments in plan.segments for one in segments)
         flight = self._prompt_call(plan) if prompts else self._decode_call(plan)
         self.scheduler.commit(plan)
@@ -233,76 +250,52 @@ class Engine:
         self.stats.tokens += int(given["limit"].sum())
         self.stats.padded_tokens += given["position"].size * int(given["steps"])
         self._state, result = call(self._variables, self._state, buffer)
-        return _Flight(plan, result, call.result.views, [list(range(len(one))) for one in plan.segments])
+        return _Flight(
+            plan, result, call.result.views, [[range(i, i + 1) for i in range(len(one))] for one in plan.segments]
+        )
+
+    def _read_all(self) -> list[Output]:
+        said = []
+        while self._flights:
+            said += self._read(self._flights.popleft())
+        return said
 
     def _read(self, flight: _Flight) -> list[Output]:
         found = flight.read(fetch(flight.result))
         said = []
         for shard, (segments, places) in enumerate(zip(flight.plan.segments, flight.places, strict=True)):
-            for segment, place in zip(segments, places, strict=True):
+            for segment, own in zip(segments, places, strict=True):
                 live = self._live.get(segment.sequence)
-                if live is not None and place >= 0:
-                    mine = {name: values[:, shard, place] for name, values in found.items()}
-                    said.append(self._emit(live, segment, mine, flight.plan.steps))
+                if live is not None and own:
+                    # ``decode``: tokens in turn at one place; guesses: one call, a place each.
+                    mine = {name: values[:, shard, own.start : own.stop] for name, values in found.items()}
+                    mine = {name: values.reshape(-1, *values.shape[2:]) for name, values in mine.items()}
+                    said.append(self._emit(live, segment, mine, max(flight.plan.steps, len(own))))
         return said
 
-    def _emit(self, live: _Live, segment: Segment, found: dict[str, np.ndarray], steps: int) -> Output:
+    def _emit(self, live: Live, segment: Segment, found: dict[str, np.ndarray], count: int) -> Output:
         """Take in the tokens of one sequence; a fault of its own ends it alone."""
-        sequence, params = live.sequence, live.request.params
-        tokens: list[int] = []
-        logprobs: list[Logprob] = []
-        text, stopped_by_text = "", False
-        reason: FinishReason | None = None
+        known = live.sequence.known
         try:
-            for number in range(min(steps, len(sequence.tokens) - sequence.known)):
-                if not found["finite"][number]:
-                    raise FloatingPointError("the model's scores are not finite")
-                token = int(found["token"][number])
-                sequence.tokens[sequence.known] = token
-                sequence.known, sequence.pending = sequence.known + 1, sequence.pending - 1
-                self.stats.drawn_tokens += 1
-                if token in live.ends:
-                    reason = "stop"
-                    break
-                tokens.append(token)
-                if params.logprobs is not None:
-                    logprobs.append(_logprob(token, found, number, params.logprobs))
-                piece = live.text.add(token)
-                text += piece.text
-                if piece.stopped:
-                    reason, stopped_by_text = "stop", True
-                    break
-            if reason is None and sequence.known == len(sequence.tokens):
-                reason = "length"
-            if reason is None:
-                return self._said(live, tokens, text, logprobs)
-            if not stopped_by_text:
-                text += live.text.end().text
-            return self._ended(live, reason, tokens, text, logprobs)
+            output, right = live.take_in(segment, found, count)
         except Exception as error:  # whatever it is, the others go on
-            return self._ended(live, "error", tokens, text, logprobs, f"{type(error).__name__}: {error}")
+            return self._ended(live, live.output()._replace(finish_reason="error", error=_told(error)))
+        self.stats.drawn_tokens += live.sequence.known - known
+        if segment.drafts:
+            self._depth.learn(live.sequence, right, segment.drafts)
+            self.stats.guessed_tokens += segment.drafts
+            self.stats.accepted_tokens += right
+        return output if output.finish_reason is None else self._ended(live, output)
 
-    def _said(self, live: _Live, tokens: list[int], text: str, logprobs: list[Logprob]) -> Output:
-        return Output(
-            live.request.id, live.choice, tuple(tokens), text, tuple(logprobs), None, cached_tokens=max(live.cached, 0)
-        )
-
-    def _ended(
-        self,
-        live: _Live,
-        reason: FinishReason,
-        tokens: list[int] | None = None,
-        text: str = "",
-        logprobs: list[Logprob] | None = None,
-        error: str = "",
-    ) -> Output:
-        """Give back what it has, and say the last of it."""
+    def _ended(self, live: Live, last: Output) -> Output:
+        """Give back what it has."""
         del self._live[live.sequence]
         self.scheduler.finish(live.sequence)
-        last = self._said(live, tokens or [], text, logprobs or [])
-        return last._replace(finish_reason=reason, error=error)
+        if self._drafter is not None:
+            self._drafter.forget(live.sequence)
+            self._depth.forget(live.sequence)
+        return last
 
 
-def _logprob(token: int, found: dict[str, np.ndarray], number: int, alternatives: int) -> Logprob:
-    best = zip(found["best"][number][:alternatives], found["best_logprob"][number][:alternatives], strict=True)
-    return Logprob(token, float(found["logprob"][number]), tuple((int(one), float(value)) for one, value in best))
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -7,31 +7,34 @@ from gshardx.infer.scheduler import Plan
 from gshardx.infer.slots import SlotTables
 
 
-def fill_step(given: dict[str, np.ndarray], plan: Plan, tables: SlotTables, sizes: Sizes) -> list[list[int]]:
-    """For ``step``; returns the place in its result of each segment of each shard, -1 where nothing is drawn."""
+def fill_step(given: dict[str, np.ndarray], plan: Plan, tables: SlotTables, sizes: Sizes) -> list[list[range]]:
+    """For ``step``; returns the places in its result of each segment of each shard: one after the last of its tokens,
+    and one after each token that a guess follows."""
     given["sample_slot"][:] = sizes.slots
     given["longest"][...] = _pages(plan, 0, sizes)
-    places: list[list[int]] = []
-    most = 0
+    places: list[list[range]] = []
+    most, samples = 0, 0
     for shard, segments in enumerate(plan.segments):
         tables.fill(given, shard, [one.sequence.slot for one in segments])
         at, drawing = 0, 0
         places.append([])
-        for row, (sequence, start, length, draws, _) in enumerate(segments):
-            known = sequence.tokens[start : min(start + length, sequence.known)]
+        for row, (sequence, start, length, draws, drafts) in enumerate(segments):
+            known = sequence.tokens[start : min(start + length, sequence.known + drafts)]
             given["token"][shard, at : at + length] = -1
             given["token"][shard, at : at + len(known)] = known
             given["row"][shard, at : at + length] = row
             given["position"][shard, at : at + length] = np.arange(start, start + length)
             at += length
-            places[-1].append(drawing if draws else -1)
-            if draws:
-                given["sample"][shard, drawing] = at - 1
-                given["sample_row"][shard, drawing] = row
+            own = range(drawing, drawing + (1 + drafts) * draws)
+            places[-1].append(own)
+            given["sample"][shard, own.start : own.stop] = range(at - len(own), at)
+            given["sample_row"][shard, own.start : own.stop] = row
+            if draws and not drafts:  # of guesses the host says which is the newest
                 given["sample_slot"][shard, drawing] = sequence.slot
-                drawing += 1
-        most = max(most, at)
+            drawing = own.stop
+        most, samples = max(most, at), max(samples, drawing)
     given["tiles"][...] = -(-most // min(sizes.tile, given["token"].shape[1]))
+    given["sample_tiles"][...] = -(-samples // min(sizes.tile, given["sample"].shape[1]))
     return places
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from gshardx.infer.buffer import Layout
 from gshardx.infer.request import MAX_STOP_TOKENS
 from gshardx.infer.sampling import TOP, Context, Draw, Drawn, draw
-from gshardx.layers import Paged
+from gshardx.layers import Paged, Pool, abstract_pool
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import abstract_array, shard
 
@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
 
     shards: of the mesh's batch axes, b. slots: sequences at once on each. pages: of each, with page 0. page_size:
     tokens of a page. max_length: of a sequence. tile: rows of a matrix product. steps: tokens that a row draws in one
-    call of ``decode`` at most.
+    call of ``decode`` at most. kv_dtype: of keys and values; None: the model's.
     """
 
     shards: int
@@ -36,6 +36,7 @@ class Sizes(NamedTuple):
     max_length: int
     tile: int
     steps: int
+    kv_dtype: str | None = None
 
     @property
     def table(self) -> int:
@@ -52,8 +53,8 @@ class DeviceState:
     :class:`gshardx.infer.sampling.Context`, for each slot.
     """
 
-    k: tuple[Array, ...]
-    v: tuple[Array, ...]
+    k: tuple[Pool, ...]
+    v: tuple[Pool, ...]
     last: Int[Array, "b slots"]
     history: Int[Array, "b slots v"]
     bias: Float[Array, "b slots v"]
@@ -68,7 +69,10 @@ def abstract_state(blueprint: Blueprint, sizes: Sizes, mesh: Mesh) -> DeviceStat
     def place(shape: tuple[int, ...], dtype: str, axes: str) -> Any:
         return abstract_array(shape, jnp.dtype(dtype), axes.split(), mesh, tensor="engine state")
 
-    pools = tuple(place(pool, config.dtype, Paged.AXES) for _ in range(config.layers))
+    def pool_of() -> Pool:
+        return abstract_pool(sizes.kv_dtype or config.dtype, pool, lambda shape, dtype: place(shape, dtype, Paged.AXES))
+
+    pools = tuple(pool_of() for _ in range(config.layers))
     return DeviceState(
         k=pools,
         v=pools,
@@ -109,6 +113,7 @@ def step_layout(sizes: Sizes, tokens: int, samples: int) -> Layout:
     return Layout(
         {
             "tiles": ((), "int32"),
+            "sample_tiles": ((), "int32"),
             "longest": ((), "int32"),
             "token": (by_token, "int32"),
             "row": (by_token, "int32"),
@@ -172,13 +177,26 @@ def step(
     empty = jnp.zeros((*token.shape, config.width), jnp.dtype(model.logits_dtype))
     hidden, k, v = jax.lax.fori_loop(0, given["tiles"], compute, (shard(empty, "batch time model"), state.k, state.v))
 
-    sampled = jnp.take_along_axis(hidden, given["sample"][..., None], axis=1)
-    at = jnp.take_along_axis(position, given["sample"], axis=1) + 1
-    rows = {name: _of_row(given[name], given["sample_row"]) for name in (*Draw._fields, "slot")}
     state = dataclasses.replace(state, k=k, v=v)
-    drawn = _draw(model, sizes, state, shard(sampled, "batch time model"), rows, at)
-    state = _noted(state, given["sample_slot"], drawn.token)
-    return state, _result(drawn)
+    at = jnp.take_along_axis(position, given["sample"], axis=1) + 1
+    layout = result_layout(sizes, 1, given["sample"].shape[1], blueprint.vocab)
+    places = min(sizes.tile, given["sample"].shape[1])
+
+    def draw_some(number: Array, results: Any) -> Any:
+        sample, row, new = (
+            jax.lax.dynamic_slice_in_dim(x, number * places, places, axis=1)
+            for x in (given["sample"], given["sample_row"], at)
+        )
+        sampled = jnp.take_along_axis(hidden, sample[..., None], axis=1)
+        rows = {name: _of_row(given[name], row) for name in (*Draw._fields, "slot")}
+        drawn = _result(_draw(model, sizes, state, shard(sampled, "batch time model"), rows, new))
+        return {
+            name: jax.lax.dynamic_update_slice_in_dim(results[name], drawn[name], number * places, axis=2)
+            for name in results
+        }
+
+    results = jax.lax.fori_loop(0, given["sample_tiles"], draw_some, _nothing(layout))
+    return _noted(state, given["sample_slot"], results["token"][0]), results
 
 
 def decode(
@@ -191,7 +209,6 @@ def decode(
     token = jnp.where(given["token"] < 0, jnp.take_along_axis(state.last, slot, axis=1), given["token"])
     row = jnp.broadcast_to(jnp.arange(token.shape[1], dtype=jnp.int32), token.shape)
     layout = result_layout(sizes, sizes.steps, token.shape[1], blueprint.vocab)
-    nothing = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in layout.fields.items()}
 
     def once(number: Array, carry: tuple[Any, Array, Array, Any]) -> tuple[Any, Array, Array, Any]:
         state, token, position, results = carry
@@ -211,7 +228,7 @@ def decode(
         ended = (drawn.token[..., None] == given["stop"]).any(-1) | (number + 1 >= given["limit"])
         return state, drawn.token, jnp.where(ended | (position < 0), -1, position + 1), results
 
-    carry = (state, token, given["position"], nothing)
+    carry = (state, token, given["position"], _nothing(layout))
     state, _, _, results = jax.lax.fori_loop(0, given["steps"], once, carry)
     return state, results
 
@@ -231,8 +248,8 @@ def admit(
 def _forward(
     model: Any,
     variables: Variables,
-    k: tuple[Array, ...],
-    v: tuple[Array, ...],
+    k: tuple[Pool, ...],
+    v: tuple[Pool, ...],
     table: Int[Array, "b r pages"],
     longest: Int[Array, ""],
     token: Int[Array, "b t"],
@@ -280,6 +297,10 @@ def _noted(state: DeviceState, slot: Int[Array, "b s"], token: Int[Array, "b s"]
 def _of_row(values: Array, row: Int[Array, "b s"]) -> Array:
     """Of each token or sample, what its row has."""
     return jnp.take_along_axis(shard(values, "batch time"), row, axis=1)
+
+
+def _nothing(layout: Layout) -> dict[str, Array]:
+    return {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in layout.fields.items()}
 
 
 def _result(drawn: Drawn) -> dict[str, Array]:

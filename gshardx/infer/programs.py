@@ -5,8 +5,10 @@ product do depends on the backend's kernels, the model's shapes and versions: it
 (:meth:`Programs.agree`).
 """
 
+import dataclasses
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,6 +32,7 @@ from gshardx.infer.program import (
     step_layout,
 )
 from gshardx.infer.sampling import TOP
+from gshardx.infer.settings import EngineConfig
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import CompiledStep
 from gshardx.sharding.distributed import fetch
@@ -45,8 +48,10 @@ PROBES = 12
 class Call:
     """A compiled program with the layouts of what it is given and what it returns."""
 
-    def __init__(self, program: CompiledStep[..., Any], given: Layout, result: Layout, mesh: Mesh) -> None:
-        self.program, self.given, self.result = program, given, result
+    def __init__(
+        self, program: CompiledStep[..., Any], given: Layout, result: Layout, page_size: int, mesh: Mesh
+    ) -> None:
+        self.program, self.given, self.result, self.page_size = program, given, result, page_size
         self._place = everywhere(mesh)
 
     def blank(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -71,26 +76,27 @@ class Programs:
     Args:
         tokens: buckets of ``step``, tokens of a shard.
         rows: buckets of ``decode``, rows of a shard.
-        samples: places of a shard where ``step`` may draw.
+        samples: places of a shard where ``step`` may draw; of more than a tile, a multiple of it.
+        drafter: the same parameters in a model that computes less; its ``decode`` is compiled as well.
     """
 
     def __init__(
         self, blueprint: Blueprint, sizes: Sizes, mesh: Mesh, *, tokens: Sequence[int], rows: Sequence[int],
-        samples: int,
+        samples: int, drafter: Blueprint | None = None,
     ) -> None:  # fmt: skip
         start = time.perf_counter()
         state = abstract_state(blueprint, sizes, mesh)
         places = jax.tree.map(lambda a: a.sharding, state)
         whole = everywhere(mesh)
 
-        def compiled(function: Callable[..., Any], given: Layout, steps: int, width: int) -> Call:
+        def compiled(model: Blueprint, function: Callable[..., Any], given: Layout, steps: int, width: int) -> Call:
             result = result_layout(sizes, steps, width, blueprint.vocab)
 
             def run(variables: Variables, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array]:
-                state, found = function(blueprint, sizes, variables, state, given.unpack(buffer))
+                state, found = function(model, sizes, variables, state, given.unpack(buffer))
                 return state, result.pack(found)
 
-            run.__name__ = f"{function.__name__}_{width}"
+            run.__name__ = f"{function.__name__}_{width}" if model is blueprint else f"draft_{width}"
             buffer = jax.ShapeDtypeStruct((given.words,), jnp.int32, sharding=whole)
             program = CompiledStep(
                 run,
@@ -100,13 +106,14 @@ class Programs:
                 out_shardings=(places, whole),
                 options=OPTIONS.get(mesh.devices.flat[0].platform),
             )
-            return Call(program, given, result, mesh)
+            return Call(program, given, result, sizes.page_size, mesh)
 
         def of_tokens(count: int) -> Call:
-            return compiled(step, step_layout(sizes, count, min(count, samples)), 1, min(count, samples))
+            places = min(count, samples)
+            return compiled(blueprint, step, step_layout(sizes, count, places), 1, places)
 
-        def of_rows(count: int) -> Call:
-            return compiled(decode, decode_layout(sizes, count), sizes.steps, count)
+        def of_rows(count: int, model: Blueprint = blueprint) -> Call:
+            return compiled(model, decode, decode_layout(sizes, count), sizes.steps, count)
 
         def admission() -> CompiledStep[..., DeviceState]:
             number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -118,9 +125,11 @@ class Programs:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             steps = {count: pool.submit(of_tokens, count) for count in tokens}
             decodes = {count: pool.submit(of_rows, count) for count in rows}
+            drafts = {count: pool.submit(of_rows, count, drafter) for count in rows} if drafter else {}
             self.admit = pool.submit(admission).result()
             self.steps = {count: future.result() for count, future in steps.items()}
             self.decodes = {count: future.result() for count, future in decodes.items()}
+            self.drafts = {count: future.result() for count, future in drafts.items()}
         self.abstract_state, self.seconds = state, time.perf_counter() - start
 
     def agree(self, variables: Variables) -> bool:
@@ -151,6 +160,10 @@ class Programs:
         """The smallest that holds so many rows."""
         return self.decodes[min(count for count in self.decodes if count >= rows)]
 
+    def draft_for(self, rows: int) -> Call:
+        """The smallest that holds so many rows."""
+        return self.drafts[min(count for count in self.drafts if count >= rows)]
+
     def initial_state(self) -> DeviceState:
         """Zeros."""
         state: DeviceState = jax.tree.map(
@@ -159,7 +172,25 @@ class Programs:
         return state
 
     def __len__(self) -> int:
-        return len(self.steps) + len(self.decodes) + 1
+        return len(self.steps) + len(self.decodes) + len(self.drafts) + 1
+
+
+def agreeing_programs(
+    blueprint: Blueprint, variables: Variables, mesh: Mesh, config: EngineConfig, drafter: Blueprint | None = None
+) -> tuple[Programs, Sizes]:
+    """Programs of ``config``, with a smaller tile if that is what it takes for all to give the same bits."""
+    while True:
+        sizes, samples = config.sizes(mesh), config.samples()
+        programs = Programs(
+            blueprint, sizes, mesh, tokens=config.token_buckets(), rows=config.row_buckets(), samples=samples,
+            drafter=drafter,
+        )  # fmt: skip
+        if programs.agree(variables):
+            return programs, sizes
+        if config.tile == 2:
+            warnings.warn("XLA's programs differ here: last digits depend on who else is served", stacklevel=3)
+            return programs, sizes
+        config = dataclasses.replace(config, tile=max(2, config.tile // 2))
 
 
 def probe(call: Call, variables: Variables, state: DeviceState) -> tuple[DeviceState, bytes]:
@@ -173,8 +204,8 @@ def probe(call: Call, variables: Variables, state: DeviceState) -> tuple[DeviceS
         given["slot"][:] = nobody
         given["alternatives"][:] = TOP
         given["table"][:, 0] = np.arange(1, 1 + given["table"].shape[2])
-        given["longest"][...] = 1 + position // state.k[0].shape[3]
-        for name, value in (("tiles", 1), ("sample_slot", nobody), ("steps", 1), ("limit", 1)):
+        given["longest"][...] = 1 + position // call.page_size
+        for name, value in (("tiles", 1), ("sample_tiles", 1), ("sample_slot", nobody), ("steps", 1), ("limit", 1)):
             if name in given:
                 given[name][...] = value
         state, result = call(variables, state, buffer)

@@ -153,18 +153,19 @@ class Scheduler:
             for sequence in sorted(self.waiting, key=self._order):
                 if not self._admit(sequence, computed):
                     break
-        if drafts or any(one.length > 1 or not one.draws for segments in computed for one in segments):
+        if any(one.length > 1 or not one.draws for segments in computed for one in segments):
             steps = 1
         while steps > 1 and not all(self._room_for(one.sequence, steps) for segments in computed for one in segments):
             steps //= 2
         return Plan(computed, steps)
 
     def commit(self, plan: Plan) -> None:
-        """The call was made: count what it stores and draws. How many guesses were right the caller adds later."""
+        """The call was made: count what it stores and draws. Guesses that were right the caller counts, before the next
+        plan."""
         self.calls += 1
         self._expected = max(EXPECTED_AT_LEAST, self._expected * FORGOTTEN)
         for sequence, start, length, draws, drafts in itertools.chain.from_iterable(plan.segments):
-            drawn = min(plan.steps, sequence.room) if draws and not drafts else 0
+            drawn = min(plan.steps, sequence.room) if draws else 0
             sequence.stored = start + length - drafts + max(drawn - 1, 0)
             sequence.pending += drawn
             if length > 1 or not draws:
@@ -192,15 +193,20 @@ class Scheduler:
         pool.keep(sequence.lease, sequence.tokens[: min(sequence.stored, sequence.known)])
 
     def _decodes(self, shard: Shard, drafts: dict[Sequence, int]) -> list[Segment]:
-        segments = []
+        segments: list[Segment] = []
+        prompts = any(one.todo > 1 for one in shard.running)
+        spare = (
+            0 if prompts else (self.budget - len(shard.running)) // 2
+        )  # what guesses may take; the rest lets others in
         for sequence in list(shard.running):
             if sequence.lease is None or sequence.todo != 1 or sequence.room < 1:
                 continue
-            guessed = min(drafts.get(sequence, 0), sequence.room - 1)
+            guessed = max(0, min(drafts.get(sequence, 0), sequence.room - 1, spare))
             if guessed and not self._room_for(sequence, 1 + guessed):
                 guessed = 0
             if self._make_room(shard, sequence, sequence.stored + 1):
                 segments.append(Segment(sequence, sequence.stored, 1 + guessed, True, guessed))
+                spare -= guessed
         return segments
 
     def _prompts(self, shard: Shard, segments: list[Segment]) -> list[Segment]:

@@ -7,6 +7,10 @@ from jax.sharding import Mesh
 
 from gshardx.errors import BadInput
 from gshardx.infer.program import Sizes
+from gshardx.infer.quantize import WEIGHTS
+
+KV_DTYPES = ("float32", "bfloat16", "int8")
+DRAFTS = ("prompt_lookup", "fewer_experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +35,40 @@ class EngineConfig:
     """Rows of a matrix product at most; halved where that is what it takes for all programs to give the same bits."""
     steps: int = 8
     """Tokens that a sequence may write in one call, where all are writing."""
+    kv_dtype: str | None = None
+    """Of keys and values; one of KV_DTYPES; default: the model's. int8 has a scale for each head of a token."""
+    weights: str | None = None
+    """Of attention, feed-forward networks and experts, one of WEIGHTS (:mod:`gshardx.infer.quantize`); default: as
+    trained."""
+    drafts: str | None = None
+    """Who guesses tokens ahead, one of DRAFTS; default: nobody."""
+    draft_depth: int = 7
+    """Guesses for a sequence at most; fewer, or none, where that is faster. 8 tokens fill the smallest call."""
+    draft_experts: int = 1
+    """Experts a token of the drafter ``fewer_experts``."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise BadInput(f"{field.name} = {value}: must be 1 or more")
+        for name, values in (("kv_dtype", KV_DTYPES), ("drafts", DRAFTS), ("weights", WEIGHTS)):
+            if getattr(self, name) not in (None, *values):
+                raise BadInput(f"{name} = {getattr(self, name)}: must be one of {', '.join(values)}")
         if self.tile < 2:
             raise BadInput(f"tile = {self.tile}: a product of one row is made by another kernel; use 2 or more")
 
     def sizes(self, mesh: Mesh) -> Sizes:
         shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
         pages = self.pages or self.slots * -(-self.max_length // self.page_size)
-        return Sizes(shards, self.slots, pages + 1, self.page_size, self.max_length, self.tile, self.steps)
+        return Sizes(
+            shards, self.slots, pages + 1, self.page_size, self.max_length, self.tile, self.steps, self.kv_dtype
+        )
+
+    def samples(self) -> int:
+        """Places where a call of prompts or guesses may draw; of more than a tile, whole tiles."""
+        most = self.slots * (1 + self.draft_depth * bool(self.drafts))
+        return max(2, most if most <= self.tile else -(-most // self.tile) * self.tile)
 
     def token_buckets(self) -> list[int]:
         """A small call for a few tokens, and the largest, which goes over as many tiles as it needs."""

@@ -10,6 +10,7 @@ from gshardx.layers.moe import MoE, MoEMetrics
 from gshardx.layers.norm import RMSNorm
 from gshardx.layers.paged import Paged, paged_attention
 from gshardx.layers.param import param_shardings
+from gshardx.layers.pools import FullPages, Int8Pages, Pool, abstract_pool
 from gshardx.layers.routing import (
     Capacity,
     GShardRouter,
@@ -26,8 +27,8 @@ from gshardx.layers.shared import GatedShared, Residual, Shared
 
 __all__ = [
     "Attention", "Auto", "Block", "Capacity", "Dispatcher", "Einsum", "Embedding", "Experts", "FeedForward",
-    "GShardRouter", "GatedShared", "Gather", "KVCache", "Layers", "Losses", "Memory", "MoE", "MoEMetrics", "Packed",
-    "Paged", "RMSNorm", "Ragged", "Residual", "Router", "RouterState", "RouterStats", "Routing", "Shared",
-    "SigmoidBiasRouter", "Stack", "SwitchRouter", "TopKRouter", "Unembedding", "Unit", "choose_dispatcher",
-    "paged_attention", "param_shardings",
+    "FullPages", "GShardRouter", "GatedShared", "Gather", "Int8Pages", "KVCache", "Layers", "Losses", "Memory", "MoE",
+    "MoEMetrics", "Packed", "Paged", "Pool", "RMSNorm", "Ragged", "Residual", "Router", "RouterState", "RouterStats",
+    "Routing", "Shared", "SigmoidBiasRouter", "Stack", "SwitchRouter", "TopKRouter", "Unembedding", "Unit",
+    "abstract_pool", "choose_dispatcher", "paged_attention", "param_shardings",
 ]  # fmt: skip

@@ -6,17 +6,19 @@ token's own position changes no bit, so neither does who else is in the batch.
 """
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gshardx.layers.pools import Pool
 from gshardx.sharding import manual
 
 MASKED = -1e30
 """Score of what a token may not see; finite, so that a padding token's maximum is a number."""
 
-Pool = Float[Array, "b p q l d"]
+P = TypeVar("P", bound=Pool)
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +26,7 @@ Pool = Float[Array, "b p q l d"]
 class Paged:
     """Keys and values of every layer in pages of l tokens, and where the tokens of this call stand.
 
-    k, v: one pool ``[b, p, q, l, d]`` a layer, b the mesh's batch shards, each with p pages of its own.
+    k, v: a pool a layer, with a leading axis b: the mesh's batch shards, each with p pages of its own.
     tables: pages of each sequence, in order, 0 where it has none. sequence: of each token, an index into ``tables``.
     positions: of each token in its sequence; -1 for padding, which is stored on page 0, where nobody looks.
     longest: pages of the longest sequence.
@@ -64,7 +66,7 @@ class Paged:
         return out, dataclasses.replace(self, k=_with(self.k, layer, new_k), v=_with(self.v, layer, new_v))
 
 
-def _with(pools: tuple[Array, ...], layer: int, pool: Array) -> tuple[Array, ...]:
+def _with(pools: tuple[Pool, ...], layer: int, pool: Pool) -> tuple[Pool, ...]:
     return (*pools[:layer], pool, *pools[layer + 1 :])
 
 
@@ -72,27 +74,25 @@ def _store_and_attend(
     q: Float[Array, "t n d"],
     k: Float[Array, "t q d"],
     v: Float[Array, "t q d"],
-    k_pool: Float[Array, "p q l d"],
-    v_pool: Float[Array, "p q l d"],
+    k_pool: P,
+    v_pool: P,
     tables: Int[Array, "r pages"],
     sequence: Int[Array, "t"],
     positions: Int[Array, "t"],
     longest: Int[Array, ""],
-) -> tuple[Array, Array, Array]:
-    size = k_pool.shape[2]
-    table = tables[sequence]
+) -> tuple[Array, P, P]:
+    table, size = tables[sequence], k_pool.shape[2]
     place = jnp.maximum(positions, 0)
     own = jnp.take_along_axis(table, place[:, None] // size, axis=1)[:, 0]
     page = jnp.where(positions < 0, 0, own)
-    k_pool = k_pool.at[page, :, place % size].set(k.astype(k_pool.dtype))
-    v_pool = v_pool.at[page, :, place % size].set(v.astype(v_pool.dtype))
+    k_pool, v_pool = k_pool.put(page, place % size, k), v_pool.put(page, place % size, v)
     return paged_attention(q, k_pool, v_pool, table, positions, longest), k_pool, v_pool
 
 
 def paged_attention(
     q: Float[Array, "t n d"],
-    k_pool: Float[Array, "p q l d"],
-    v_pool: Float[Array, "p q l d"],
+    k_pool: Pool,
+    v_pool: Pool,
     table: Int[Array, "t pages"],
     positions: Int[Array, "t"],
     longest: Int[Array, ""],
@@ -104,7 +104,7 @@ def paged_attention(
 
     Args:
         q: n query heads share q heads of keys and values.
-        k_pool, v_pool: pages of l tokens.
+        k_pool, v_pool: pages of l tokens, q heads.
         table: pages of each token's sequence.
         positions: of each token; -1: padding, whose result means nothing.
         longest: how many pages of ``table`` to read.
@@ -112,7 +112,7 @@ def paged_attention(
         sinks: a logit a head beside the scores, which takes weight and gives nothing (GPT-OSS).
     """
     t, n, d = q.shape
-    size, kv_heads = k_pool.shape[2], k_pool.shape[1]
+    _, kv_heads, size, _ = k_pool.shape
     grouped = (q.astype(jnp.float32) * d**-0.5).reshape(t, kv_heads, n // kv_heads, d)
     first = jnp.full(grouped.shape[:3], MASKED) if sinks is None else _every_token(sinks, grouped.shape[:3])
 
@@ -123,7 +123,7 @@ def paged_attention(
         seen = at <= positions[:, None]
         if window is not None:
             seen &= at > positions[:, None] - window
-        keys, values = k_pool[pages].astype(jnp.float32), v_pool[pages].astype(jnp.float32)
+        keys, values = k_pool.read(pages), v_pool.read(pages)
         scores = jnp.einsum("tqgd,tqld->tqgl", grouped, keys)
         scores = jnp.where(seen[:, None, None], scores, MASKED)
         new_highest = jnp.maximum(highest, scores.max(-1))

@@ -3,56 +3,18 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gshardx.errors import BadInput
+from gshardx.infer.depth import EXPLORE, Costs
 from gshardx.infer.request import Output, Request, SamplingParams
-from gshardx.layers import Packed
+from gshardx.infer.sampling import TOP
+from gshardx.layers.routing import ROUTERS
 from gshardx.sharding import MeshConfig
-from gshardx.sharding.guard import count_compiles, forbid_compile
-from tests.infer.conftest import SMALL, Model, texts
-
-
-@dataclasses.dataclass
-class Answer:
-    tokens: list
-    logprobs: list
-    text: str = ""
-    reason: str = ""
-    error: str = ""
-
-
-def collected(outputs):
-    answers = {}
-    for one in outputs:
-        answer = answers.setdefault((one.id, one.choice), Answer([], []))
-        assert not answer.reason, "an output after the last"
-        answer.tokens += one.tokens
-        answer.logprobs += one.logprobs
-        answer.text += one.text
-        answer.reason, answer.error = one.finish_reason or "", one.error
-    assert all(answer.reason for answer in answers.values())
-    return answers
-
-
-def answered(engine, requests):
-    """All at once."""
-    for request in requests:
-        engine.submit(request)
-    with forbid_compile():
-        answers = collected(engine.run())
-    assert_everything_is_back(engine)
-    return answers
-
-
-def assert_everything_is_back(engine):
-    for shard in engine.scheduler.shards:
-        assert shard.pool.held == 0
-        assert shard.running == []
-        assert len(shard.slots) == engine.config.slots
-    assert engine.scheduler.waiting == []
+from gshardx.sharding.guard import count_compiles
+from tests.infer.answers import answered, assert_everything_is_back, check_against_full_pass, collected
+from tests.infer.conftest import MODEL, SMALL, Model, texts
 
 
 def mixed(seed, count):
@@ -64,6 +26,8 @@ def mixed(seed, count):
     for number, prompt in enumerate(prompts):
         if draw.random() < 0.4:
             prompt = np.concatenate([common[: draw.integers(1, 22)], prompt[:12]])
+        elif draw.random() < 0.4:
+            prompt = np.resize(prompt[:3], 12)  # it repeats itself, and the answer need not
         params = SamplingParams(
             max_new_tokens=int(draw.integers(1, 24)),
             temperature=float(draw.choice([0.0, 0.7, 1.0, 1.5])),
@@ -84,29 +48,6 @@ def mixed(seed, count):
     return requests
 
 
-def logprobs_of_full_pass(model, tokens):
-    """Of every next token, by one dropless forward pass of the training modules: ``[t, v]``."""
-    module = model.plan.bind(jax.device_put(jax.device_get(model.variables.params), jax.devices()[0]))
-    tokens = jnp.asarray(tokens, jnp.int32)[None]
-    ones = jnp.ones_like(tokens)
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    router = jax.device_get(model.variables.router)
-    hidden, _, _ = module.hidden(tokens, positions, ones > 0, Packed.of(ones), None, router)
-    return np.asarray(jax.nn.log_softmax(module.logits(hidden)[0]))
-
-
-def check_against_full_pass(model, requests, answers):
-    """Every reported log-probability, and greedy's choices."""
-    for request in requests:
-        answer = answers[request.id, 0]
-        sequence = np.concatenate([request.prompt, answer.tokens]).astype(np.int32)
-        expected = logprobs_of_full_pass(model, sequence)[len(request.prompt) - 1 : -1]
-        for step, logprob in enumerate(answer.logprobs):
-            assert abs(logprob.logprob - expected[step][logprob.token]) < 1e-5
-            if request.params.temperature == 0:
-                assert logprob.token == expected[step].argmax()
-
-
 def plain(seed, count):
     return [
         Request(str(i), p, SamplingParams(max_new_tokens=9, temperature=float(i % 2), logprobs=0, ignore_end=True))
@@ -116,7 +57,7 @@ def plain(seed, count):
 
 def test_paged_decoding_equals_the_training_forward(model, engine):
     requests = plain(1, 6)
-    check_against_full_pass(model, requests, answered(engine, requests))
+    check_against_full_pass(model.plan, model.variables, requests, answered(engine, requests))
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +113,72 @@ def test_those_that_gave_up_their_pages_say_the_same(model, requests, usual):
     scarce = model.engine(dataclasses.replace(SMALL, pages=16))
     assert answered(scarce, requests) == usual
     assert scarce.stats.retractions > 0
+
+
+FREE = Costs(plain=lambda rows: 1.0, check=lambda tokens: 1.0, draft=lambda rows: 0.0)
+"""What makes guessing always worth it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", ["prompt_lookup", "fewer_experts"])
+def test_guesses_change_nothing(model, requests, usual, monkeypatch, drafts):
+    monkeypatch.setattr("gshardx.infer.engine.measured_costs", lambda *_: FREE)
+    engine = model.engine(dataclasses.replace(SMALL, drafts=drafts, draft_depth=3))
+    assert answered(engine, requests) == usual
+    assert 0 < engine.stats.accepted_tokens < engine.stats.guessed_tokens
+    again = model.engine(dataclasses.replace(SMALL, drafts=drafts, draft_depth=3, pages=16))
+    assert answered(again, requests[::-1]) == usual
+    assert again.stats.retractions > 0
+
+
+@pytest.mark.slow
+def test_guesses_are_off_where_they_lose(model, requests, usual, monkeypatch):
+    """The same engine with what calls cost: nothing is gained by checks that cost as much as their tokens."""
+    dear = Costs(plain=lambda rows: 1.0, check=lambda tokens: 2.0 * tokens, draft=lambda rows: 1.0)
+    monkeypatch.setattr("gshardx.infer.engine.measured_costs", lambda *_: dear)
+    engine = model.engine(dataclasses.replace(SMALL, drafts="prompt_lookup"))
+    assert answered(engine, requests) == usual
+    assert engine.stats.guessed_tokens <= engine.stats.calls // EXPLORE * SMALL.slots
+
+
+@pytest.mark.slow
+def test_eight_bit_keys_and_values_stay_near(model, engine):
+    """Nearer than chance would have it: KL of the first drawn token, over its 20 best, and agreement of the best."""
+    requests = [
+        Request(str(i), p, SamplingParams(max_new_tokens=1, temperature=0.0, logprobs=TOP, ignore_end=True))
+        for i, p in enumerate(texts(11, 40))
+    ]
+    full, small = (answered(e, requests) for e in (engine, model.engine(dataclasses.replace(SMALL, kv_dtype="int8"))))
+    distances = []
+    for key, answer in full.items():
+        p, q = (dict(one.logprobs[0].best) for one in (answer, small[key]))
+        distances.append(sum(np.exp(p[token]) * (p[token] - q[token]) for token in p if token in q))
+    assert 0 < np.abs(distances).mean() < 1e-3
+    assert np.mean([full[key].tokens == small[key].tokens for key in full]) > 0.9
+
+
+ROUTER_CONFIGS = {
+    "gshard": {"router": "gshard"},
+    "switch": {"router": "switch", "top_k": 1},
+    "top_k": {"router": "top_k"},
+    "top_k in groups": {"router": "top_k", "router_options": {"groups": 4, "groups_kept": 2}},
+    "sigmoid_bias": {"router": "sigmoid_bias"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROUTER_CONFIGS)
+def test_every_router_decodes_as_it_is_trained(name):
+    """Training's forward pass and paged decoding, within 1e-5."""
+    moe = dataclasses.replace(MODEL.moe, **ROUTER_CONFIGS[name])
+    own = Model(config=dataclasses.replace(MODEL, moe=moe))
+    requests = plain(8, 3)
+    small = dataclasses.replace(SMALL, slots=2, budget=8)
+    check_against_full_pass(own.plan, own.variables, requests, answered(own.engine(small), requests))
+
+
+def test_every_router_is_in_that_test():
+    assert {options["router"] for options in ROUTER_CONFIGS.values()} == set(ROUTERS)
 
 
 @pytest.mark.slow
@@ -239,7 +246,7 @@ def test_eight_devices_answer_as_one(model, mesh):
     requests = plain(4, 12)
     many = Model(mesh)
     answers = answered(many.engine(dataclasses.replace(SMALL, slots=2, pages=40)), requests)
-    check_against_full_pass(many, requests, answers)
+    check_against_full_pass(many.plan, many.variables, requests, answers)
     one = answered(model.engine(), requests)
     for key, answer in answers.items():
         assert answer.tokens == one[key].tokens

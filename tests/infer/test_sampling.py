@@ -151,3 +151,27 @@ def test_a_row_of_nan_is_told_and_spoils_no_other():
     dirty = drawn(logits)
     assert list(np.asarray(dirty.finite)) == [True, False, True]
     np.testing.assert_array_equal(np.asarray(dirty.token)[[0, 2]], np.asarray(clean.token)[[0, 2]])
+
+
+def test_checked_guesses_are_rejection_sampling():
+    """100,000 draws from 16 tokens: by a guess from other scores and a check, what is said follows the model's own
+    distribution, whatever was guessed; and so does the next token, among those accepted and those rejected alike."""
+    rows, vocab = 100_000, 16
+    draw_ = np.random.default_rng(3)
+    model, next_, other = (np.float32(1.5 * draw_.normal(size=vocab)) for _ in range(3))
+    other = (model + other / 3).astype(np.float32)
+    how_ = how(rows, seed=list(range(rows)))
+    none = np.zeros((rows, vocab), np.int32), np.zeros((rows, vocab), np.float32)
+
+    def tokens(logits, position):
+        return np.asarray(drawing(np.tile(logits, (rows, 1)), how_, np.full(rows, position, np.int32), *none).token)
+
+    guess, said, after = tokens(other, 5), tokens(model, 5), tokens(next_, 6)
+    accepted = guess == said
+    p, q = (allowed(logits)[1][np.argsort(allowed(logits)[0])] for logits in (model, other))
+    assert (p * q).sum() + 0.1 < accepted.mean() <= np.minimum(p, q).sum() + 0.005, "1 - total variation is the most"
+    p_next = allowed(next_)[1][np.argsort(allowed(next_)[0])]
+    for drawn_, expected in ((said, p), (after[accepted], p_next), (after[~accepted], p_next)):
+        count = np.bincount(drawn_, minlength=vocab)
+        chi_square = ((count - expected * len(drawn_)) ** 2 / (expected * len(drawn_))).sum()
+        assert chi_square < 37.7, "0.1 % of chi-square with 15 degrees of freedom"

@@ -23,11 +23,11 @@ class Device:
     def __init__(self, scheduler):
         self.scheduler, self.flights, self.finished = scheduler, [], []
 
-    def call(self, steps=4):
+    def call(self, steps=4, drafts=None):
         """Plan and start a call; read results first where that is needed."""
         while True:
             try:
-                plan = self.scheduler.plan(steps)
+                plan = self.scheduler.plan(steps, drafts)
                 break
             except NeedsResults:
                 self.read()
@@ -47,10 +47,13 @@ class Device:
             assert sum(one.length for one in segments) <= BUDGET
             assert len({one.sequence for one in segments}) == len(segments) <= SLOTS
             assert plan.steps == 1 or all(one.length == 1 and one.draws for one in segments)
+            guessing = [one.drafts for one in segments if one.drafts]
+            assert sum(guessing) <= (BUDGET - len(guessing)) / 2, "guesses leave no room to let others in"
             for one in segments:
                 assert one.sequence in shard.running
                 assert one.start == one.sequence.stored
-                assert one.draws == (one.start + one.length == one.sequence.length)
+                assert one.draws == (one.start + one.length - one.drafts == one.sequence.length)
+                assert one.drafts <= max(0, one.sequence.room - 1)
                 stored = one.start + one.length + (min(plan.steps, one.sequence.room) - 1 if one.draws else 0)
                 assert len(one.sequence.lease.pages) * SIZE >= stored, "no page to write to"
 
@@ -89,6 +92,23 @@ class Requests(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 4))
     def computes(self, steps):
         self.device.call(steps)
+
+    @rule(guesses=st.integers(1, 3), right=st.integers(0, 3))
+    def guesses(self, guesses, right):
+        """Results are read before and after, as an engine does that guesses."""
+        while self.device.flights:
+            self.device.read()
+        rows = [one for one in self.scheduler.running if one.todo == 1]
+        plan = self.device.call(1, dict.fromkeys(rows, guesses))
+        self.device.read()
+        for one in (one for segments in plan.segments for one in segments if one.drafts):
+            if one.sequence not in self.device.finished:
+                accepted = min(right, one.drafts)
+                one.sequence.tokens[one.sequence.known : one.sequence.known + accepted] = 1
+                one.sequence.known += accepted
+                one.sequence.stored += accepted
+                if one.sequence.known == len(one.sequence.tokens):
+                    self.device.end(one.sequence)
 
     @rule()
     def reads(self):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gshardx.layers import paged_attention
+from gshardx.layers import FullPages, Int8Pages, paged_attention
 from gshardx.layers.paged import _store_and_attend
 
 PAGES, KV, SIZE, D, N = 23, 2, 4, 8, 4
@@ -47,9 +47,23 @@ def tables(draw):
 store_and_attend = jax.jit(_store_and_attend)
 
 
-def fed(sequences, table, chunks, dirt=0.0, width=8):
+def full(dirt=0.0):
+    return FullPages(jnp.full((PAGES, KV, SIZE, D), dirt))
+
+
+def int8(dirt=0.0):
+    return Int8Pages(jnp.full((PAGES, KV, SIZE, D), 77, jnp.int8), jnp.full((PAGES, KV, SIZE, 1), dirt))
+
+
+def in_int8(x):
+    """What is left of numbers after 8 bits a head of a token."""
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    return np.round(x / scale) * scale
+
+
+def fed(sequences, table, chunks, pool=full(), width=8):  # noqa: B008 (arrays are immutable)
     """The results of all tokens, fed ``chunks[i]`` tokens of each sequence a call, side by side."""
-    k_pool = v_pool = jnp.full((PAGES, KV, SIZE, D), dirt)
+    k_pool = v_pool = pool
     done, found = [0] * len(sequences), [[] for _ in sequences]
     while any(at < len(q) for at, (q, *_) in zip(done, sequences, strict=True)):
         places = [
@@ -73,23 +87,37 @@ def fed(sequences, table, chunks, dirt=0.0, width=8):
     return [np.stack(rows) for rows in found]
 
 
-def test_every_token_sees_its_own_sequence_up_to_itself(sequences, draw):
-    found = fed(sequences, tables(draw), chunks=(1, 2, 3, 2))
+POOLS = pytest.mark.parametrize(("pool", "kept"), [(full, lambda x: x), (int8, in_int8)], ids=["full", "int8"])
+
+
+@POOLS
+def test_every_token_sees_its_own_sequence_up_to_itself(sequences, draw, pool, kept):
+    found = fed(sequences, tables(draw), chunks=(1, 2, 3, 2), pool=pool())
     for (q, k, v), result in zip(sequences, found, strict=True):
         for position, row in enumerate(result):
-            np.testing.assert_allclose(row, attention(q[position], k, v, position), atol=2e-6)
+            np.testing.assert_allclose(row, attention(q[position], kept(k), kept(v), position), atol=2e-6)
 
 
+def test_eight_bits_are_off_by_half_a_step_at_most(draw):
+    x = draw.normal(size=(1, KV, D)).astype(np.float32) * 10
+    x[0, 0] = 0
+    pool = int8().put(jnp.asarray([3]), jnp.asarray([1]), jnp.asarray(x))
+    back = np.asarray(pool.read(jnp.asarray([3])))[0, :, 1]
+    assert (back[0] == 0).all()
+    assert np.abs(back - x[0])[1].max() <= np.abs(x[0, 1]).max() / 127 / 2 * (1 + 1e-5)
+
+
+@POOLS
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 1), (1, 4, 1, 2), (0, 0, 0, 8)])
-def test_a_tokens_bits_depend_on_nothing_but_its_sequence(sequences, draw, chunks):
+def test_a_tokens_bits_depend_on_nothing_but_its_sequence(sequences, draw, chunks, pool, kept):
     """Not on its neighbours, on chunks, on which pages it has, nor on what they held before, be it NaN."""
-    usual = fed(sequences, tables(draw), chunks=(1, 2, 3, 2))
+    usual = fed(sequences, tables(draw), chunks=(1, 2, 3, 2), pool=pool())
     if chunks[0] == 0:
         sequences, usual = sequences[3:], usual[3:]
         table, chunks = tables(draw)[3:], chunks[3:]
     else:
         table = tables(draw)
-    other = fed(sequences, table, chunks, dirt=np.nan)
+    other = fed(sequences, table, chunks, pool(dirt=np.nan))
     for a, b in zip(usual, other, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -109,8 +137,8 @@ def test_windows_and_sinks(draw, window, with_sinks):
     positions = np.asarray([0, 2, 5, 16], np.int32)
     q = draw.normal(size=(4, N, D)).astype(np.float32)
     out = paged_attention(
-        jnp.asarray(q), *map(jnp.asarray, pools), jnp.asarray(np.tile(table, (4, 1))), jnp.asarray(positions),
-        jnp.int32(5), window=window, sinks=None if sinks is None else jnp.asarray(sinks),
+        jnp.asarray(q), *(FullPages(jnp.asarray(x)) for x in pools), jnp.asarray(np.tile(table, (4, 1))),
+        jnp.asarray(positions), jnp.int32(5), window=window, sinks=None if sinks is None else jnp.asarray(sinks),
     )  # fmt: skip
     for row, position in enumerate(positions):
         expected = attention(q[row], k, v, position, window, sinks)
