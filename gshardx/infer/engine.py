@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from gshardx.data.tokenizer import Tokenizer
 from gshardx.errors import BadInput
@@ -34,7 +35,7 @@ from gshardx.infer.scheduler import NeedsResults, Plan, Scheduler, Segment, Sequ
 from gshardx.infer.settings import EngineConfig
 from gshardx.infer.slots import SlotTables
 from gshardx.infer.text import TextStream
-from gshardx.infer.weights import fewer_experts, separate
+from gshardx.infer.weights import fewer_experts, placed, separate
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import one_program_at_a_time
 from gshardx.sharding.distributed import fetch
@@ -94,8 +95,10 @@ class Engine:
         self.config, self.tokenizer, self.stats = config, tokenizer, Stats()
         blueprint, self._variables = separate(blueprint, variables, mesh)
         if config.weights is not None:
-            blueprint, self._variables = quantize(blueprint, self._variables, config.weights, mesh)
+            blueprint, self._variables = quantize(blueprint, self._variables, config.weights)
         self.vocab = blueprint.vocab
+        layers = len(self._variables.params["stack"]["separate"])
+        self._places = np.tile(np.arange(blueprint.config.moe.num_experts), (layers, 1))
         drafter = fewer_experts(blueprint, config.draft_experts, mesh) if config.drafts == "fewer_experts" else None
         self.programs, self.sizes = agreeing_programs(blueprint, self._variables, mesh, config, drafter)
         sizes = self.sizes
@@ -156,6 +159,23 @@ class Engine:
         """End a request, wherever it is; its pages and slots are free at once."""
         for live in [live for live in self._live.values() if live.request.id == id]:
             self._early.append(self._ended(live, live.output()._replace(finish_reason="cancelled")))
+
+    def move_experts(self, places: Int[np.ndarray, "layer e"]) -> None:
+        """Put each layer's experts elsewhere: onto other devices, where the mesh splits them.
+
+        No program is compiled again; last digits may change, as a token's experts are summed up in another order.
+
+        Args:
+            places: for each MoE layer where each expert goes, a permutation.
+
+        Raises:
+            BadInput: not that.
+        """
+        if places.shape != self._places.shape or (np.sort(places) != np.arange(places.shape[1])).any():
+            raise BadInput(f"places {list(places.shape)}: give a permutation of the experts for each layer, "
+                           f"{list(self._places.shape)}")  # fmt: skip
+        self._variables = self._variables._replace(params=placed(self._variables.params, self._places, places))
+        self._places = places.copy()
 
     def run(self) -> Iterator[Output]:
         """Until nothing is left."""

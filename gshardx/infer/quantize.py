@@ -6,13 +6,11 @@ Attention, feed-forward networks and experts are; embeddings, the last projectio
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
@@ -76,19 +74,20 @@ def quantized(weight: Float[Array, "..."], bits: str, axis: int, group: int = GR
 
     Args:
         weight: any shape.
-        bits: int8 or int4; an axis of odd length is not packed.
+        bits: int8 or int4; groups of odd length are not packed.
         axis: negative; entries that follow each other along it form a group, of ``group`` or, where that does not
             divide its length, all of it.
     """
     length = weight.shape[axis]
-    split = _by_group(weight.astype(jnp.float32), length // group if length % group == 0 else 1, axis)
+    group = group if length % group == 0 else length
+    split = _by_group(weight.astype(jnp.float32), length // group, axis)
     scales = jnp.maximum(jnp.abs(split).max(axis) / LARGEST[bits], 1e-30)
     values = jnp.round(split / jnp.expand_dims(scales, axis)).astype(jnp.int8).reshape(weight.shape)
-    packed = bits == "int4" and length % 2 == 0
+    packed = bits == "int4" and group % 2 == 0
     return Quantized(_packed(values, axis) if packed else values, scales, axis, packed)
 
 
-def quantize(plan: Blueprint, variables: Variables, dtype: str, mesh: Mesh) -> tuple[Blueprint, Variables]:
+def quantize(plan: Blueprint, variables: Variables, dtype: str) -> tuple[Blueprint, Variables]:
     """The same model with its large matrices in ``dtype``, one of WEIGHTS, each in its place on the mesh."""
 
     def change(path: tuple[Any, ...], weight: Array) -> Any:
@@ -97,28 +96,12 @@ def quantize(plan: Blueprint, variables: Variables, dtype: str, mesh: Mesh) -> t
             return weight
         if dtype == "bfloat16":
             return weight.astype(jnp.bfloat16)
-        make = partial(quantized, bits=dtype, axis=SUMMED[name])
-        place = weight.sharding
-        assert isinstance(place, NamedSharding)
-        places = jax.tree.map(
-            lambda part: NamedSharding(mesh, _where_it_divides(place.spec, part.shape, mesh)),
-            jax.eval_shape(make, weight),
-        )
-        changed: Quantized = jax.jit(make, out_shardings=places)(weight)
+        place, axis = weight.sharding, SUMMED[name]
+        local = place.shard_shape(weight.shape)[axis]
+        make = partial(quantized, bits=dtype, axis=axis, group=GROUP if local % GROUP == 0 else local)
+        changed: Quantized = jax.jit(make, out_shardings=place)(weight)
         return changed
 
     params: Params = jax.tree.map_with_path(change, variables.params)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params)
     return dataclasses.replace(plan, params=abstract), variables._replace(params=params)
-
-
-def _where_it_divides(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """``spec``, but whole along dimensions that do not divide over its axes: there may be fewer groups than devices."""
-
-    def parts(names: Any) -> int:
-        return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
-
-    padded = [*spec, *[None] * (len(shape) - len(spec))]
-    return PartitionSpec(
-        *(names if size % parts(names) == 0 else None for names, size in zip(padded, shape, strict=True))
-    )

@@ -1,24 +1,47 @@
 """A trained model's variables, arranged for inference."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from gshardx.errors import BadInput
-from gshardx.layers import Layers
+from gshardx.infer.exchange import choose_exchange
+from gshardx.layers import Dispatcher, Layers, MoE
 from gshardx.models.build import Blueprint, Params, Variables, blueprint
+from gshardx.sharding import shard
+
+
+class Serving(Layers):
+    """Layers whose tokens reach their experts by ``dispatcher``, and whose experts may be anywhere (``MoE.place``)."""
+
+    def __init__(self, *args: Any, dispatcher: Dispatcher, rngs: nnx.Rngs) -> None:
+        super().__init__(*args, rngs=rngs)
+        for unit in self.separate:
+            moe = unit.sparse.feed_forward
+            assert isinstance(moe, MoE)
+            moe.dispatcher = dispatcher
+            moe.place = nnx.data(shard(nnx.Param(jnp.arange(moe.router.num_experts)), "router", name="place"))
 
 
 def separate(plan: Blueprint, variables: Variables, mesh: Mesh) -> tuple[Blueprint, Variables]:
-    """The same model with arrays of its own for each layer (:class:`gshardx.layers.Layers`), in the same places."""
-    apart = blueprint(plan.config, plan.vocab, mesh, stack=Layers)
+    """The same model with arrays of its own for each layer, in the same places, as :class:`Serving` has it."""
+    chosen = choose_exchange(plan.config, mesh)
+    apart = blueprint(plan.config, plan.vocab, mesh, stack=partial(Serving, dispatcher=chosen.dispatcher))
     stacked = variables.params["stack"]["units"]
     count = len(apart.params["stack"]["separate"])
     each: dict[Any, Params] = {
         index: jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(count)
     }
+    for unit in each.values():
+        moe = unit["sparse"]["feed_forward"]
+        unit["sparse"] |= {"feed_forward": {**moe, "place": np.arange(plan.config.moe.num_experts, dtype=np.int32)}}
     params = {**variables.params, "stack": {"separate": each}}
     placed = jax.device_put(params, jax.tree.map(lambda a: a.sharding, apart.params))
     return apart, variables._replace(params=placed)
@@ -34,4 +57,28 @@ def fewer_experts(plan: Blueprint, top_k: int, mesh: Mesh) -> Blueprint:
     if top_k >= moe.top_k:
         raise BadInput(f"draft_experts = {top_k}: the model sends a token to {moe.top_k}; use fewer")
     config = dataclasses.replace(plan.config, moe=dataclasses.replace(moe, top_k=top_k))
-    return dataclasses.replace(blueprint(config, plan.vocab, mesh, stack=Layers), params=plan.params)
+    chosen = choose_exchange(config, mesh)
+    smaller = blueprint(config, plan.vocab, mesh, stack=partial(Serving, dispatcher=chosen.dispatcher))
+    return dataclasses.replace(smaller, params=plan.params)
+
+
+def placed(params: Params, old: Int[np.ndarray, "layer e"], new: Int[np.ndarray, "layer e"]) -> Params:
+    """The parameters with each layer's experts moved from ``old`` to ``new`` places, and its table with them.
+
+    Args:
+        params: as :func:`separate` returns them.
+        old, new: where each expert is, and is to be.
+    """
+    units = dict(params["stack"]["separate"])
+    for layer, unit in units.items():
+        came_from = jnp.asarray(old[layer][np.argsort(new[layer])])
+        moe = unit["sparse"]["feed_forward"]
+        experts = jax.tree.map(
+            lambda leaf, at=came_from: jax.device_put(jnp.take(leaf, at, axis=0), leaf.sharding), moe["experts"]
+        )
+        table = jax.device_put(np.asarray(new[layer], np.int32), moe["place"].sharding)
+        units[layer] = {
+            **unit,
+            "sparse": {**unit["sparse"], "feed_forward": {**moe, "experts": experts, "place": table}},
+        }
+    return {**params, "stack": {"separate": units}}

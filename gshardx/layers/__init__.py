@@ -2,7 +2,7 @@
 
 from gshardx.layers.attention import Attention
 from gshardx.layers.block import Block, Layers, Stack, Unit
-from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Ragged, choose_dispatcher
+from gshardx.layers.dispatch import Auto, Dense, Dispatcher, Einsum, Gather, Ragged, choose_dispatcher
 from gshardx.layers.embed import Embedding, Unembedding
 from gshardx.layers.experts import Experts, FeedForward
 from gshardx.layers.memory import KVCache, Memory, Packed
@@ -26,7 +26,7 @@ from gshardx.layers.routing import (
 from gshardx.layers.shared import GatedShared, Residual, Shared
 
 __all__ = [
-    "Attention", "Auto", "Block", "Capacity", "Dispatcher", "Einsum", "Embedding", "Experts", "FeedForward",
+    "Attention", "Auto", "Block", "Capacity", "Dense", "Dispatcher", "Einsum", "Embedding", "Experts", "FeedForward",
     "FullPages", "GShardRouter", "GatedShared", "Gather", "Int8Pages", "KVCache", "Layers", "Losses", "Memory", "MoE",
     "MoEMetrics", "Packed", "Paged", "Pool", "RMSNorm", "Ragged", "Residual", "Router", "RouterState", "RouterStats",
     "Routing", "Shared", "SigmoidBiasRouter", "Stack", "SwitchRouter", "TopKRouter", "Unembedding", "Unit",

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from gshardx.layers.dense_experts import as_dtype, dense_experts
 from gshardx.layers.dispatch.contract import Rows, Slots
+from gshardx.layers.dispatch.dense import Shown
 from gshardx.layers.grouped import grouped_matmul
 from gshardx.layers.param import fan_in_normal, param
 from gshardx.sharding import axis_size, manual, shard
@@ -60,7 +62,7 @@ class FeedForward(nnx.Module):
 
 class Experts(nnx.Module):
     """Expert e transforms the tokens that were sent to it: slots ``[e, g, c, m]``, or :class:`Rows`; the same comes
-    back.
+    back. Of :class:`Shown` tokens come back the weighted sums.
 
     Args:
         count: e.
@@ -93,14 +95,16 @@ class Experts(nnx.Module):
         self.w_down = param(rngs.params(), "expert hidden embed", (count, hidden, width), down)
         self.b_down = param(rngs.params(), "expert embed", (count, width), zeros) if biases else None
 
-    def __call__(self, x: Slots | Rows) -> Any:
+    def __call__(self, x: Slots | Rows | Shown) -> Any:
         with jax.named_scope("experts"):
-            dtype = x.values.dtype if isinstance(x, Rows) else x.dtype
             names = _input_names(self.activation)
-            w_in = tuple(getattr(self, f"w_{name}")[...].astype(dtype) for name in names)
-            b_in = tuple(getattr(self, f"b_{name}")[...].astype(dtype) for name in names if self.biases)
-            b_out = None if self.b_down is None else self.b_down[...].astype(dtype)
-            weights = (w_in, b_in, self.w_down[...].astype(dtype), b_out)
+            w_in = tuple(getattr(self, f"w_{name}")[...] for name in names)
+            b_in = tuple(getattr(self, f"b_{name}")[...] for name in names if self.biases)
+            weights = (w_in, b_in, self.w_down[...], None if self.b_down is None else self.b_down[...])
+            if isinstance(x, Shown):
+                return dense_experts(ACTIVATIONS[self.activation], x, weights)
+            dtype = x.values.dtype if isinstance(x, Rows) else x.dtype
+            weights = as_dtype(weights, dtype)
             if isinstance(x, Rows):
                 return _on_rows(ACTIVATIONS[self.activation], x, *weights)
             e, g, c, m = x.shape

@@ -1,5 +1,6 @@
 """The Mixture-of-Experts layer: route, dispatch, experts, combine."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -54,6 +55,8 @@ class MoE(nnx.Module):
         self.experts = experts
         self.beside = beside
         self.group_size = group_size
+        self.place: nnx.Param[Array] | None = None
+        """Where each expert's weights are, int32 ``[e]``, once experts may move (inference); None: in order."""
 
     def __call__(
         self,
@@ -76,11 +79,13 @@ class MoE(nnx.Module):
         with jax.named_scope("gate"):
             keys = None if rng is None else group_keys(row_keys(rng, b), t, s)
             routing = self.router(tokens, valid.reshape(-1, s), keys, state)
+        choices = routing.experts.reshape(b, t, -1)
+        if self.place is not None:
+            routing = dataclasses.replace(routing, experts=self.place[...][routing.experts])
         with jax.named_scope("dispatch"):
             expert_in = self.dispatcher.dispatch(tokens, routing)
         expert_out = self.experts(expert_in)
         with jax.named_scope("combine"):
             routed = self.dispatcher.combine(expert_out, routing).reshape(b, t, m)
         out = shard(self.beside(x, routed), "batch time model")
-        choices = routing.experts.reshape(b, t, -1)
         return out, MoEMetrics(routing.losses, routing.loss_sums, routing.stats, routing.state, choices)

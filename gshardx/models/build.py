@@ -1,6 +1,7 @@
 """From a config to parameters on a mesh: shapes first, values straight into their shards."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -67,7 +68,7 @@ class Blueprint:
         return nnx.merge(self.graph, params)
 
 
-def blueprint(config: ModelConfig, vocab: int, mesh: Mesh, stack: type[Stack] = Stack) -> Blueprint:
+def blueprint(config: ModelConfig, vocab: int, mesh: Mesh, stack: Callable[..., Stack] = Stack) -> Blueprint:
     """Work out every parameter's shape and place on ``mesh`` without allocating any; ``stack`` as in :class:`Decoder`.
 
     Raises:

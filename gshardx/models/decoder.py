@@ -1,6 +1,7 @@
 """A decoder-only MoE language model."""
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -37,7 +38,7 @@ class Decoder(nnx.Module):
         stack: how units are arranged: :class:`Stack`, or :class:`gshardx.layers.Layers` for inference.
     """
 
-    def __init__(self, config: ModelConfig, vocab: int, *, rngs: nnx.Rngs, stack: type[Stack] = Stack) -> None:
+    def __init__(self, config: ModelConfig, vocab: int, *, rngs: nnx.Rngs, stack: Callable[..., Stack] = Stack) -> None:
         self.residual_dtype, self.logits_dtype = _dtype(config, "residual"), _dtype(config, "logits")
         self.dropout, self.logit_cap = config.dropout, config.logit_cap
         self.embedding = Embedding(vocab, config.width, rngs=rngs)

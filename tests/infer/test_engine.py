@@ -253,6 +253,27 @@ def test_eight_devices_answer_as_one(model, mesh):
         np.testing.assert_allclose(*([x.logprob for x in a.logprobs] for a in (answer, one[key])), atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(expert=4)], ids=str)
+def test_experts_may_move_while_it_serves(model, mesh):
+    """Other places in every layer, twice; nothing of the engine's own is compiled again."""
+    own, requests = Model(mesh), plain(6, 4)
+    engine = own.engine(dataclasses.replace(SMALL, slots=2, budget=8))
+    first = answered(engine, requests)
+    draw = np.random.default_rng(0)
+    for _ in range(2):
+        engine.move_experts(np.stack([draw.permutation(8)]))
+        again = answered(engine, requests)
+        for key, answer in again.items():
+            assert answer.tokens == first[key].tokens
+            np.testing.assert_allclose(*([x.logprob for x in a.logprobs] for a in (answer, first[key])), atol=1e-5)
+
+
+def test_places_are_permutations(engine):
+    with pytest.raises(BadInput, match="permutation of the experts"):
+        engine.move_experts(np.zeros((1, 8), int))
+
+
 def faulty(engine, monkeypatch, victim, kind):
     """Plant a fault that hits one request alone."""
     emit, admit = engine._emit, engine._admit

@@ -54,7 +54,7 @@ def test_the_large_matrices_shrink_and_nothing_else_changes(model):
     plan, variables = separate(model.plan, model.variables, model.mesh)
     large = [leaf for path, leaf in jax.tree.leaves_with_path(variables.params) if path[-1].key in SUMMED]
     for bits, share in (("int8", 0.5), ("int4", 0.4)):  # groups of 8 and 16 here: scales weigh more than they would
-        _, small = quantize(plan, variables, bits, model.mesh)
+        _, small = quantize(plan, variables, bits)
         found = [leaf for leaf in jax.tree.leaves(small.params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
                  if isinstance(leaf, Quantized)]  # fmt: skip
         assert len(found) == len(large)
@@ -77,6 +77,6 @@ def test_an_engine_computes_with_what_the_integers_stand_for(weights, mesh):
         for number, prompt in enumerate(texts(5, 3))
     ]
     plan, variables = separate(model.plan, model.variables, model.mesh)
-    _, small = quantize(plan, variables, weights, model.mesh)
+    _, small = quantize(plan, variables, weights)
     answers = answered(model.engine(config), requests)
     check_against_full_pass(plan, variables._replace(params=whole_again(small.params)), requests, answers)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
-from gshardx.layers.dispatch.contract import Dispatcher, Rows, Slots
+from gshardx.layers.dispatch.contract import Rows, Slots
 from gshardx.layers.dispatch.ragged import Ragged
 from gshardx.layers.dispatch.slots import Einsum, Gather
 from gshardx.layers.grouped import has_fast_kernel
@@ -57,7 +57,7 @@ class Auto:
     def combine(self, expert_out: Any, routing: Routing) -> Float[Array, "g s m"]:
         return self._chosen(routing).combine(expert_out, routing)
 
-    def _chosen(self, routing: Routing) -> Dispatcher:
+    def _chosen(self, routing: Routing) -> Einsum | Gather | Ragged:
         _, s, k = routing.experts.shape
         chosen = choose_dispatcher(
             group=s, hidden=self.hidden, num_experts=routing.num_experts, top_k=k, dropless=routing.capacity == s
