@@ -39,7 +39,8 @@ def test_every_file_and_key_that_readme_names_exists():
 @pytest.mark.sweep
 def test_the_quickstart_reaches_what_it_promises(tmp_path):
     """2.2 bits per byte or better on held-out Shakespeare; the printed commands work."""
-    arguments = ("--config", "configs/quickstart.yaml", "--run_dir", str(tmp_path / "quickstart"))
+    run = tmp_path / "runs" / "quickstart"
+    arguments = ("--config", "configs/quickstart.yaml", "--run_dir", str(run))
     out, _ = finish(start(ROOT, *arguments, env=users_environment()), limit=1500)
     bits = float(re.search(r"validation +([\d.]+) bits per byte", out).group(1))
     xz = float(re.search(r"([\d.]+) for xz -9e", out).group(1))
@@ -47,8 +48,15 @@ def test_the_quickstart_reaches_what_it_promises(tmp_path):
     assert 2.4 < xz < 2.7
     command = re.search(r"generate +python -m gshardx.infer (.*)", out).group(1)
     assert '--prompt "To be"' in command
-    text, _ = finish(
-        start(ROOT, "generate", "--run", str(tmp_path / "quickstart"), "--prompt", "To be", module="gshardx.infer")
-    )
+    text, _ = finish(start(ROOT, "generate", "--run", str(run), "--prompt", "To be", module="gshardx.infer"))
     assert text.startswith("To be")
     assert len(text) > 100
+
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/inference.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert {line.split()[-1] for line in done.stdout.splitlines()} >= {"None", "length"}
+    (lines,) = re.findall(r"^printf (.*) > in.jsonl$", README, re.MULTILINE)
+    subprocess.run(f"printf {lines} > in.jsonl", shell=True, cwd=tmp_path, check=True)
+    command = ("batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--run", str(run))
+    said, _ = finish(start(ROOT, *command, "--max_new_tokens", "40", module="gshardx.infer"))
+    assert "2 answers, 0 of them errors" in said

@@ -6,8 +6,9 @@ from pathlib import Path
 from gshardx.errors import BadInput
 from gshardx.infer.engine import Engine
 from gshardx.infer.load import LoadedRun
+from gshardx.infer.quantize import WEIGHTS
 from gshardx.infer.request import SamplingParams
-from gshardx.infer.settings import EngineConfig
+from gshardx.infer.settings import DRAFTS, KV_DTYPES, EngineConfig
 from gshardx.sharding import MeshConfig
 
 
@@ -21,6 +22,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="room for prompt and text, tokens (default: trained sequence + max_new_tokens)",
     )
+    for name, values, said in (
+        ("weights", WEIGHTS, "store large matrices so (default: as trained)"),
+        ("kv_dtype", KV_DTYPES, "store keys and values so (default: the model's)"),
+        ("drafts", DRAFTS, "who guesses tokens ahead, where that is faster; changes no text (default: nobody)"),
+    ):
+        parser.add_argument(f"--{name}", choices=values, help=said)
     for axis in MeshConfig().shape:
         parser.add_argument(f"--mesh.{axis}", dest=f"mesh_{axis}", type=int, default=1, metavar="N")
 
@@ -73,5 +80,6 @@ def engine_of(arguments: argparse.Namespace, run: LoadedRun, sequences: int) -> 
     config = EngineConfig(
         slots=-(-min(arguments.batch_size, sequences) // shards),
         max_length=arguments.max_length or run.config.data.sequence_length + arguments.max_new_tokens,
+        **{name: getattr(arguments, name) for name in ("weights", "kv_dtype", "drafts")},
     )
     return Engine(run.blueprint, run.variables, run.mesh, run.tokenizer, config)
