@@ -19,7 +19,8 @@ from gshardx.infer.request import Request, SamplingParams
 from gshardx.infer.settings import EngineConfig
 from gshardx.models.build import Variables, blueprint
 from gshardx.sharding import MeshConfig, build_mesh, simulate_devices
-from gshardx.sharding.startup import keep_memory
+from gshardx.sharding.guard import count_compiles
+from gshardx.sharding.startup import keep_compiled, keep_memory
 
 PROMPT, NEW, ROUNDS = 64, 128, 3
 """Tokens of each prompt and after it, and how often."""
@@ -36,14 +37,16 @@ def model_config(shape: Shape) -> ModelConfig:
 def measure(shape: Shape, batches: list[int], **options: Any) -> dict[str, Any]:
     """Decoded tokens a second by batch, the time of prompts left out; ``options`` are of :class:`EngineConfig`."""
     begin = time.perf_counter()
-    simulate_devices(1)
     keep_memory()
+    keep_compiled()
+    simulate_devices(1)
     mesh = build_mesh(MeshConfig())
     plan = blueprint(model_config(shape), shape.vocab, mesh)
     variables = Variables(plan.init(jax.random.key(0)), plan.init_router())
     start = time.perf_counter()
     config = EngineConfig(slots=max(batches), max_length=PROMPT + NEW, **options)
-    engine = Engine(plan, variables, mesh, build_tokenizer("bytes", 0, []), config)
+    with count_compiles() as count:
+        engine = Engine(plan, variables, mesh, build_tokenizer("bytes", 0, []), config)
     ready = time.perf_counter() - start
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, shape.vocab, PROMPT).astype(np.int32) for _ in range(max(batches))]
@@ -63,6 +66,7 @@ def measure(shape: Shape, batches: list[int], **options: Any) -> dict[str, Any]:
         "start_seconds": ready,
         "first_token_seconds": first_token,
         "programs": len(engine.programs),
+        "compiled": len(count.compiled),
         "guesses": f"{engine.stats.accepted_tokens:,} of {engine.stats.guessed_tokens:,}",
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": [f"jax {version('jax')}"],

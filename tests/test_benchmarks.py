@@ -36,7 +36,7 @@ def test_memory_of_the_layer():
     assert longer <= 1.1 * shorter  # of the routing too: nothing grows with the square of s
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_every_table_of_the_gpu_benchmark(tmp_path):
     printed = output("gpu.py", "--small", "--output", str(tmp_path / "tables.md"))
     titles = [line.removeprefix("### ").split(",")[0] for line in printed.splitlines() if line.startswith("### ")]

@@ -12,6 +12,7 @@ from gshardx.errors import BadInput
 from gshardx.infer import batch, generate
 from gshardx.infer.options import mesh_of
 from gshardx.sharding import distributed, simulate_devices
+from gshardx.sharding.startup import keep_memory
 
 COMMANDS = {"generate": generate.generate, "batch": batch.batch}
 
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> int:
         commands.add_parser("batch", help="continue prompts of a file", description=described, allow_abbrev=False)
     )
     arguments = parser.parse_args(rest)
+    if mesh_of(arguments).size == 1:
+        keep_memory()
     simulate_devices(mesh_of(arguments).size, distributed.join(*meeting))
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

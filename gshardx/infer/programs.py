@@ -36,10 +36,11 @@ from gshardx.infer.settings import EngineConfig
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import CompiledStep
 from gshardx.sharding.distributed import fetch
+from gshardx.sharding.kept import KeptSteps
 
-OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}}
-"""Of XLA's compilers. By default its CPU compiler sums up rows in one order where there are few of them and in another
-where there are many (jax 0.10 and 0.12)."""
+OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}}
+"""Of XLA's compilers. By default its CPU compiler gives sums over rows, and what stands around a matrix product, to one
+library where there are many rows and to another where there are few, and these round otherwise (jax 0.10 and 0.12)."""
 
 PROBES = 12
 """Tokens that :func:`probe` computes, each with 21 numbers; where kernels differ, many of them do."""
@@ -88,41 +89,53 @@ class Programs:
         state = abstract_state(blueprint, sizes, mesh)
         places = jax.tree.map(lambda a: a.sharding, state)
         whole = everywhere(mesh)
+        described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.spec), blueprint.variables)
+        facts = (blueprint.config, blueprint.vocab, described, drafter and drafter.config, sizes, samples, OPTIONS)
+        kept = KeptSteps(mesh, repr(facts))
 
-        def compiled(model: Blueprint, function: Callable[..., Any], given: Layout, steps: int, width: int) -> Call:
+        def compiled(
+            name: str, model: Blueprint, function: Callable[..., Any], given: Layout, steps: int, width: int
+        ) -> Call:
             result = result_layout(sizes, steps, width, blueprint.vocab)
 
             def run(variables: Variables, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array]:
                 state, found = function(model, sizes, variables, state, given.unpack(buffer))
                 return state, result.pack(found)
 
-            run.__name__ = f"{function.__name__}_{width}" if model is blueprint else f"draft_{width}"
+            run.__name__ = name
             buffer = jax.ShapeDtypeStruct((given.words,), jnp.int32, sharding=whole)
-            program = CompiledStep(
-                run,
-                (blueprint.variables, state, buffer),
-                mesh,
-                donate=(1,),
-                out_shardings=(places, whole),
-                options=OPTIONS.get(mesh.devices.flat[0].platform),
+            program = kept.get(
+                name,
+                lambda: CompiledStep(
+                    run,
+                    (blueprint.variables, state, buffer),
+                    mesh,
+                    donate=(1,),
+                    out_shardings=(places, whole),
+                    options=OPTIONS.get(mesh.devices.flat[0].platform),
+                ),
             )
             return Call(program, given, result, sizes.page_size, mesh)
 
         def of_tokens(count: int) -> Call:
             places = min(count, samples)
-            return compiled(blueprint, step, step_layout(sizes, count, places), 1, places)
+            return compiled(f"step_{count}", blueprint, step, step_layout(sizes, count, places), 1, places)
 
         def of_rows(count: int, model: Blueprint = blueprint) -> Call:
-            return compiled(model, decode, decode_layout(sizes, count), sizes.steps, count)
+            name = f"decode_{count}" if model is blueprint else f"draft_{count}"
+            return compiled(name, model, decode, decode_layout(sizes, count), sizes.steps, count)
 
         def admission() -> CompiledStep[..., DeviceState]:
             number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
             rows = [
                 jax.ShapeDtypeStruct((blueprint.vocab,), jnp.dtype(t), sharding=whole) for t in ("int32", "float32")
             ]
-            return CompiledStep(admit, (state, number, number, *rows), mesh, donate=(0,), out_shardings=places)
+            return kept.get(
+                "admit",
+                lambda: CompiledStep(admit, (state, number, number, *rows), mesh, donate=(0,), out_shardings=places),
+            )
 
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        with kept.making(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             steps = {count: pool.submit(of_tokens, count) for count in tokens}
             decodes = {count: pool.submit(of_rows, count) for count in rows}
             drafts = {count: pool.submit(of_rows, count, drafter) for count in rows} if drafter else {}

@@ -13,20 +13,21 @@ from jaxtyping import Int
 
 from gshardx.errors import BadInput
 from gshardx.infer.exchange import choose_exchange
-from gshardx.layers import Dispatcher, Layers, MoE
+from gshardx.layers import Dispatcher, Layers, MergedExperts, MoE, merged
 from gshardx.models.build import Blueprint, Params, Variables, blueprint
-from gshardx.sharding import shard
+from gshardx.sharding import CompiledStep, shard
+from gshardx.sharding.kept import KeptSteps
 
 
 class Serving(Layers):
-    """Layers whose tokens reach their experts by ``dispatcher``, and whose experts may be anywhere (``MoE.place``)."""
+    """Layers whose tokens reach their experts by ``dispatcher``; experts may be anywhere (``MoE.place``)."""
 
     def __init__(self, *args: Any, dispatcher: Dispatcher, rngs: nnx.Rngs) -> None:
         super().__init__(*args, rngs=rngs)
         for unit in self.separate:
             moe = unit.sparse.feed_forward
             assert isinstance(moe, MoE)
-            moe.dispatcher = dispatcher
+            moe.dispatcher, moe.experts = dispatcher, MergedExperts(moe.experts)
             moe.place = nnx.data(shard(nnx.Param(jnp.arange(moe.router.num_experts)), "router", name="place"))
 
 
@@ -34,17 +35,22 @@ def separate(plan: Blueprint, variables: Variables, mesh: Mesh) -> tuple[Bluepri
     """The same model with arrays of its own for each layer, in the same places, as :class:`Serving` has it."""
     chosen = choose_exchange(plan.config, mesh)
     apart = blueprint(plan.config, plan.vocab, mesh, stack=partial(Serving, dispatcher=chosen.dispatcher))
-    stacked = variables.params["stack"]["units"]
     count = len(apart.params["stack"]["separate"])
-    each: dict[Any, Params] = {
-        index: jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(count)
-    }
-    for unit in each.values():
-        moe = unit["sparse"]["feed_forward"]
-        unit["sparse"] |= {"feed_forward": {**moe, "place": np.arange(plan.config.moe.num_experts, dtype=np.int32)}}
-    params = {**variables.params, "stack": {"separate": each}}
-    placed = jax.device_put(params, jax.tree.map(lambda a: a.sharding, apart.params))
-    return apart, variables._replace(params=placed)
+
+    def arrange(params: Params) -> Params:
+        units: dict[Any, Params] = {}
+        for index in range(count):
+            unit = jax.tree.map(lambda leaf, index=index: leaf[index], params["stack"]["units"])
+            moe = unit["sparse"]["feed_forward"]
+            own = {**moe, "experts": merged(moe["experts"]), "place": jnp.arange(plan.config.moe.num_experts)}
+            units[index] = {**unit, "sparse": {**unit["sparse"], "feed_forward": own}}
+        return {**params, "stack": {"separate": units}}
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, apart.params)
+    kept = KeptSteps(mesh, repr((plan.config, plan.vocab)))
+    with kept.making():
+        step = kept.get("separate", lambda: CompiledStep(arrange, (plan.params,), mesh, out_shardings=places))
+    return apart, variables._replace(params=step(variables.params))
 
 
 def fewer_experts(plan: Blueprint, top_k: int, mesh: Mesh) -> Blueprint:

@@ -6,6 +6,7 @@ from gshardx.layers.dispatch import Auto, Dense, Dispatcher, Einsum, Gather, Rag
 from gshardx.layers.embed import Embedding, Unembedding
 from gshardx.layers.experts import Experts, FeedForward
 from gshardx.layers.memory import KVCache, Memory, Packed
+from gshardx.layers.merged_experts import MergedExperts, merged
 from gshardx.layers.moe import MoE, MoEMetrics
 from gshardx.layers.norm import RMSNorm
 from gshardx.layers.paged import Paged, paged_attention
@@ -27,8 +28,8 @@ from gshardx.layers.shared import GatedShared, Residual, Shared
 
 __all__ = [
     "Attention", "Auto", "Block", "Capacity", "Dense", "Dispatcher", "Einsum", "Embedding", "Experts", "FeedForward",
-    "FullPages", "GShardRouter", "GatedShared", "Gather", "Int8Pages", "KVCache", "Layers", "Losses", "Memory", "MoE",
-    "MoEMetrics", "Packed", "Paged", "Pool", "RMSNorm", "Ragged", "Residual", "Router", "RouterState", "RouterStats",
-    "Routing", "Shared", "SigmoidBiasRouter", "Stack", "SwitchRouter", "TopKRouter", "Unembedding", "Unit",
-    "abstract_pool", "choose_dispatcher", "paged_attention", "param_shardings",
+    "FullPages", "GShardRouter", "GatedShared", "Gather", "Int8Pages", "KVCache", "Layers", "Losses", "Memory",
+    "MergedExperts", "MoE", "MoEMetrics", "Packed", "Paged", "Pool", "RMSNorm", "Ragged", "Residual", "Router",
+    "RouterState", "RouterStats", "Routing", "Shared", "SigmoidBiasRouter", "Stack", "SwitchRouter", "TopKRouter",
+    "Unembedding", "Unit", "abstract_pool", "choose_dispatcher", "merged", "paged_attention", "param_shardings",
 ]  # fmt: skip

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gshardx.layers.dense_experts import as_dtype, dense_experts
 from gshardx.layers.dispatch.contract import Rows, Slots
-from gshardx.layers.dispatch.dense import Shown
 from gshardx.layers.grouped import grouped_matmul
 from gshardx.layers.param import fan_in_normal, param
 from gshardx.sharding import axis_size, manual, shard
@@ -35,7 +33,7 @@ ACTIVATIONS: dict[str, Activation] = {
 """Of the hidden units; those with two arguments are gated."""
 
 
-def _input_names(activation: str) -> tuple[str, ...]:
+def input_names(activation: str) -> tuple[str, ...]:
     """One matrix into the hidden units for each argument of the activation."""
     return ("up", "gate") if activation.endswith("glu") else ("up",)
 
@@ -45,16 +43,14 @@ class FeedForward(nnx.Module):
 
     def __init__(self, width: int, hidden: int, activation: str, *, rngs: nnx.Rngs, output_scale: float = 1.0) -> None:
         self.activation = activation
-        for name in _input_names(activation):
+        for name in input_names(activation):
             w = param(rngs.params(), "embed hidden", (width, hidden), fan_in_normal(width))
             setattr(self, f"w_{name}", w)
         self.w_down = param(rngs.params(), "hidden embed", (hidden, width), fan_in_normal(hidden, output_scale))
 
     def __call__(self, x: Float[Array, "b t m"]) -> Float[Array, "b t m"]:
         with jax.named_scope("feed_forward"):
-            w_in = tuple(
-                getattr(self, f"w_{name}")[...].astype(x.dtype)[None] for name in _input_names(self.activation)
-            )
+            w_in = tuple(getattr(self, f"w_{name}")[...].astype(x.dtype)[None] for name in input_names(self.activation))
             rows = x.reshape(1, -1, x.shape[-1])
             out = expert_mlp(ACTIVATIONS[self.activation], rows, w_in, (), self.w_down[...].astype(x.dtype)[None], None)
             return shard(out.reshape(x.shape), "batch time model")
@@ -62,7 +58,7 @@ class FeedForward(nnx.Module):
 
 class Experts(nnx.Module):
     """Expert e transforms the tokens that were sent to it: slots ``[e, g, c, m]``, or :class:`Rows`; the same comes
-    back. Of :class:`Shown` tokens come back the weighted sums.
+    back.
 
     Args:
         count: e.
@@ -86,7 +82,7 @@ class Experts(nnx.Module):
     ) -> None:
         self.activation, self.biases = activation, biases
         zeros = jax.nn.initializers.zeros
-        for name in _input_names(activation):
+        for name in input_names(activation):
             w = param(rngs.params(), "expert embed hidden", (count, width, hidden), fan_in_normal(width))
             setattr(self, f"w_{name}", w)
             if biases:
@@ -95,16 +91,14 @@ class Experts(nnx.Module):
         self.w_down = param(rngs.params(), "expert hidden embed", (count, hidden, width), down)
         self.b_down = param(rngs.params(), "expert embed", (count, width), zeros) if biases else None
 
-    def __call__(self, x: Slots | Rows | Shown) -> Any:
+    def __call__(self, x: Slots | Rows) -> Any:
         with jax.named_scope("experts"):
-            names = _input_names(self.activation)
-            w_in = tuple(getattr(self, f"w_{name}")[...] for name in names)
-            b_in = tuple(getattr(self, f"b_{name}")[...] for name in names if self.biases)
-            weights = (w_in, b_in, self.w_down[...], None if self.b_down is None else self.b_down[...])
-            if isinstance(x, Shown):
-                return dense_experts(ACTIVATIONS[self.activation], x, weights)
             dtype = x.values.dtype if isinstance(x, Rows) else x.dtype
-            weights = as_dtype(weights, dtype)
+            names = input_names(self.activation)
+            w_in = tuple(getattr(self, f"w_{name}")[...].astype(dtype) for name in names)
+            b_in = tuple(getattr(self, f"b_{name}")[...].astype(dtype) for name in names if self.biases)
+            b_out = None if self.b_down is None else self.b_down[...].astype(dtype)
+            weights = (w_in, b_in, self.w_down[...].astype(dtype), b_out)
             if isinstance(x, Rows):
                 return _on_rows(ACTIVATIONS[self.activation], x, *weights)
             e, g, c, m = x.shape

@@ -1,7 +1,7 @@
 """The Mixture-of-Experts layer: route, dispatch, experts, combine."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -12,6 +12,7 @@ from gshardx.layers.balance import Sums
 from gshardx.layers.dispatch import Dispatcher
 from gshardx.layers.draws import group_keys, row_keys
 from gshardx.layers.experts import Experts
+from gshardx.layers.merged_experts import MergedExperts
 from gshardx.layers.routing import Losses, Router, RouterState, RouterStats
 from gshardx.layers.shared import Beside, nothing
 from gshardx.sharding import shard
@@ -36,7 +37,7 @@ class MoE(nnx.Module):
     Args:
         router: who.
         dispatcher: how.
-        experts: what.
+        experts: what; merged ones take what :class:`gshardx.layers.Dense` dispatches.
         beside: joins a dense network: :class:`Shared`, :class:`GatedShared`, :class:`Residual`.
         group_size: tokens that compete for slots; divides b * t. None: each sequence is a group.
     """
@@ -45,14 +46,14 @@ class MoE(nnx.Module):
         self,
         router: Router,
         dispatcher: Dispatcher,
-        experts: Experts,
+        experts: Experts | MergedExperts,
         beside: Beside = nothing,
         *,
         group_size: int | None = None,
     ) -> None:
         self.router = router
         self.dispatcher = dispatcher
-        self.experts = experts
+        self.experts: Any = experts
         self.beside = beside
         self.group_size = group_size
         self.place: nnx.Param[Array] | None = None

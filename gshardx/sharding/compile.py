@@ -87,6 +87,8 @@ class CompiledStep(Generic[P, R]):
             middle = time.perf_counter()
             self.executable = lowered.compile(compiler_options=dict(options) if options else None)
         self._options = dict(options or {})
+        settings: Any = jax.config
+        self._may_be_cached = bool(settings.jax_enable_compilation_cache and settings.jax_compilation_cache_dir)
         self._lowered: jax.stages.Lowered | None = lowered
         self.lower_seconds, self.compile_seconds = middle - start, time.perf_counter() - middle
 
@@ -204,7 +206,7 @@ class CompiledStep(Generic[P, R]):
             ValueError: on CPUs, of a step that was itself loaded.
         """
         executable = self.executable
-        if self.mesh.devices.flat[0].platform == "cpu":
+        if self.mesh.devices.flat[0].platform == "cpu" and self._may_be_cached:
             if self._lowered is None:
                 raise ValueError(f"{self.name} was loaded; on CPUs XLA can't write it again: keep the bytes")
             executable = _compiled_without_cache(self._lowered, self._options)
@@ -230,7 +232,7 @@ class CompiledStep(Generic[P, R]):
         step: CompiledStep[..., Any] = cls.__new__(cls)
         step.name, step.mesh, step.donated, step._arguments = name, mesh, donated, arguments
         step.lower_seconds, step.compile_seconds = seconds
-        step._lowered = None
+        step._lowered, step._may_be_cached = None, True
         step.executable = serialize_executable.deserialize_and_load(
             code, in_tree, out_tree, execution_devices=list(mesh.devices.flat)
         )

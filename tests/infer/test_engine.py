@@ -93,8 +93,10 @@ OTHER = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=getattr(pytest.mark, "slow" if name == "smaller chunks" else "sweep")) for name in OTHER],
+)
 def test_engines_of_other_sizes_answer_alike(model, requests, usual, name):
     assert answered(model.engine(dataclasses.replace(SMALL, **OTHER[name])), requests) == usual
 
@@ -119,8 +121,10 @@ FREE = Costs(plain=lambda rows: 1.0, check=lambda tokens: 1.0, draft=lambda rows
 """What makes guessing always worth it."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("drafts", ["prompt_lookup", "fewer_experts"])
+@pytest.mark.parametrize(
+    "drafts",
+    [pytest.param("prompt_lookup", marks=pytest.mark.slow), pytest.param("fewer_experts", marks=pytest.mark.sweep)],
+)
 def test_guesses_change_nothing(model, requests, usual, monkeypatch, drafts):
     monkeypatch.setattr("gshardx.infer.engine.measured_costs", lambda *_: FREE)
     engine = model.engine(dataclasses.replace(SMALL, drafts=drafts, draft_depth=3))
@@ -166,8 +170,13 @@ ROUTER_CONFIGS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ROUTER_CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=getattr(pytest.mark, "slow" if name == "sigmoid_bias" else "sweep"))
+        for name in ROUTER_CONFIGS
+    ],
+)
 def test_every_router_decodes_as_it_is_trained(name):
     """Training's forward pass and paged decoding, within 1e-5."""
     moe = dataclasses.replace(MODEL.moe, **ROUTER_CONFIGS[name])
@@ -253,8 +262,14 @@ def test_eight_devices_answer_as_one(model, mesh):
         np.testing.assert_allclose(*([x.logprob for x in a.logprobs] for a in (answer, one[key])), atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(expert=4)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(), marks=pytest.mark.sweep),
+        pytest.param(MeshConfig(expert=4), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_experts_may_move_while_it_serves(model, mesh):
     """Other places in every layer, twice; nothing of the engine's own is compiled again."""
     own, requests = Model(mesh), plain(6, 4)

@@ -50,7 +50,7 @@ def test_where_the_largest_differ_the_tile_is_halved(model, monkeypatch):
             if sizes.tile > 4:
                 off_by_a_bit(self.decodes[4])
 
-    monkeypatch.setattr("gshardx.infer.engine.Programs", Differing)
+    monkeypatch.setattr("gshardx.infer.programs.Programs", Differing)
     assert model.engine().sizes.tile == 4
     assert tiles == [8, 4]
 

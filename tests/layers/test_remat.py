@@ -13,9 +13,8 @@ from tests.models.test_decoder import model, train
 POLICIES = [name for name in REMAT if name != "none"]
 
 
-@pytest.mark.parametrize(
-    "remat", [pytest.param(name, marks=pytest.mark.slow if name == "dots" else pytest.mark.sweep) for name in POLICIES]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("remat", POLICIES)
 def test_every_policy_gives_the_same_loss_to_the_bit(remat):
     """The first step's loss; gradients, which XLA may fuse otherwise, to rounding."""
     plain, params = train(model(), MeshConfig(data=2, expert=2), steps=2)

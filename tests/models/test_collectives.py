@@ -172,11 +172,8 @@ def test_bfloat16_on_the_wire_halves_the_bytes_both_ways(dispatcher):
     assert found["same"][1] - counts == 2 * (found["bfloat16"][1] - counts)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dispatcher", "without", "repeated"),
-    [("gather", 4, 6), pytest.param("ragged", 5, 8, marks=pytest.mark.sweep)],
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize(("dispatcher", "without", "repeated"), [("gather", 4, 6), ("ragged", 5, 8)])
 def test_rematerialisation_repeats_no_all_to_all_if_it_keeps_what_arrived(dispatcher, without, repeated):
     found = {}
     for remat in ("dots", "keep_all_to_all", "offload", "full"):

@@ -117,6 +117,7 @@ def test_a_mesh_that_does_not_divide_over_the_processes_is_named(place):
         assert "a mesh of 1 device(s) does not divide over 2 processes; use 2 devices" in err
 
 
+@pytest.mark.sweep
 def test_generation_in_two_processes_gives_what_one_gives(place, both):
     options = ["generate", "--run", str(both[0]), "--prompt", "to be", "--max_new_tokens", "4", "--seed", "3"]
     expected, _ = finish(start(place, *options, module="gshardx.infer"))

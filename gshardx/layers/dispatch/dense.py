@@ -22,7 +22,7 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """For few tokens, as in a decoding step: :func:`gshardx.layers.dense_experts.dense_experts` does the rest.
+    """For few tokens, as in a decoding step: :class:`gshardx.layers.merged_experts.MergedExperts` do the rest.
 
     Where experts are split over devices, tokens go to all of these and sums come back: 2 (d - 1) s m values of a group
     of s tokens, where slots without drops would send 2 (d - 1) s m e / d.

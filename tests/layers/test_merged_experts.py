@@ -1,27 +1,36 @@
 """Every token before every expert, against slots; and one expert after another, against all at once."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from gshardx.layers import Capacity, Dense, Experts, Gather, MoE, SigmoidBiasRouter, TopKRouter
+from gshardx.layers import Capacity, Dense, Experts, Gather, MergedExperts, MoE, SigmoidBiasRouter, TopKRouter
 from gshardx.layers.dispatch.dense import Shown
 from gshardx.sharding import MeshConfig, build_mesh
 
 E, M, H = 8, 16, 24
 
 
-def moe(dispatcher, router=TopKRouter, biases=False, **options):
+def merged_experts(biases=False):
     rngs = nnx.Rngs(0)
-    dropless = Capacity(None)
     experts = Experts(E, M, H, "swiglu", biases=biases, rngs=rngs)
     if biases:
         for name in ("b_up", "b_gate", "b_down"):
             value = getattr(experts, name)
             value.set_value(jax.random.normal(jax.random.key(5), value.get_value().shape))
-    return MoE(router(M, E, 2, capacity=dropless, rngs=rngs, **options), dispatcher, experts)
+    return experts, MergedExperts(experts)
+
+
+def moe(dispatcher, router=TopKRouter, biases=False, plain=False, **options):
+    rngs = nnx.Rngs(0)
+    dropless = Capacity(None)
+    experts, together = merged_experts(biases)
+    how = experts if plain else together
+    return MoE(router(M, E, 2, capacity=dropless, rngs=rngs, **options), dispatcher, how)
 
 
 def tokens(rows, seed=1):
@@ -42,16 +51,14 @@ def outputs(model, x, valid):
     return jax.jit(lambda x, valid: model(x, valid, None, model.router.initial_state())[0])(x, valid)
 
 
+@pytest.mark.parametrize("dispatcher", [Dense, Gather])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mesh", [None, pytest.param(MeshConfig(data=2, expert=2, tensor=2), marks=pytest.mark.slow)])
-def test_the_same_as_slots(case, mesh):
+def test_the_same_as_experts_in_slots(dispatcher, case, mesh):
     x, valid = tokens(6)
-    expected = outputs(moe(Gather(), **CASES[case]), x, valid)
-    if mesh is None:
-        found = outputs(moe(Dense(), **CASES[case]), x, valid)
-    else:
-        with jax.set_mesh(build_mesh(mesh)):
-            found = outputs(moe(Dense(), **CASES[case]), x, valid)
+    expected = outputs(moe(Gather(), plain=True, **CASES[case]), x, valid)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(build_mesh(mesh)):
+        found = outputs(moe(dispatcher(), **CASES[case]), x, valid)
     np.testing.assert_allclose(found, expected, atol=2e-6)
     assert not np.asarray(found)[:, -1].any(), "padding gets nothing"
 
@@ -70,17 +77,17 @@ def first(x, rows):
 
 
 def test_one_by_one_gives_the_bits_of_all_at_once():
-    experts, x = Experts(E, M, H, "swiglu", rngs=nnx.Rngs(0)), shown(8)
+    experts, x = merged_experts()[1], shown(8)
     compute = jax.jit(lambda x: experts(x))
     np.testing.assert_array_equal(compute(first(x, 3)), compute(x)[:, :3])  # 6 choices of 8 experts; and 16
 
 
 def test_few_tokens_read_no_expert_but_their_own():
     """The compiled loop turns as often as there are experts with a token, and a NaN elsewhere is never touched."""
-    experts, x = Experts(E, M, H, "swiglu", rngs=nnx.Rngs(0)), first(shown(8), 3)
+    experts, x = merged_experts()[1], first(shown(8), 3)
     others = sorted(set(range(E)) - set(np.asarray(x.experts).ravel().tolist()))
     expected = experts(x)
-    for weight in (experts.w_up, experts.w_gate, experts.w_down):
+    for weight in (experts.w_in, experts.w_down):
         weight.set_value(weight.get_value().at[np.asarray(others)].set(jnp.nan))
     np.testing.assert_array_equal(experts(x), expected)
     text = jax.jit(lambda x: experts(x)).lower(x).as_text()
