@@ -97,6 +97,8 @@ class PagePool:
     def grow(self, lease: Lease, tokens: int) -> bool:
         """Give ``lease`` room for ``tokens`` tokens in all; False, and no change, where pages do not suffice."""
         missing = -(-tokens // self.size) - len(lease.nodes) - len(lease.own)
+        if missing <= 0:
+            return True
         if missing > self.free + self.evictable:
             return False
         while missing > self.free:

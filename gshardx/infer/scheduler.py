@@ -201,7 +201,7 @@ class Scheduler:
         for sequence in list(shard.running):
             if sequence.lease is None or sequence.todo != 1 or sequence.room < 1:
                 continue
-            guessed = max(0, min(drafts.get(sequence, 0), sequence.room - 1, spare))
+            guessed = max(0, min(drafts[sequence], sequence.room - 1, spare)) if sequence in drafts else 0
             if guessed and not self._room_for(sequence, 1 + guessed):
                 guessed = 0
             if self._make_room(shard, sequence, sequence.stored + 1):
