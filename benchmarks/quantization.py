@@ -18,6 +18,7 @@ from timing import Table
 
 from gshardx.data.faults import Faults
 from gshardx.data.sources import open_sources
+from gshardx.infer.exchange import choose_exchange
 from gshardx.infer.load import LoadedRun, load_run
 from gshardx.infer.program import abstract_state
 from gshardx.infer.quantize import quantize
@@ -64,7 +65,7 @@ def main() -> None:
 
 def scores(run: LoadedRun, tokens: np.ndarray, weights: str | None = None, kv_dtype: str | None = None) -> np.ndarray:
     """Log-probabilities of every next token, fp32 ``[n, t, v]``."""
-    plan, variables = separate(run.blueprint, run.variables, run.mesh)
+    plan, variables = separate(run.blueprint, run.variables, run.mesh, choose_exchange(run.config.model, run.mesh, 1))
     if weights is not None:
         plan, variables = quantize(plan, variables, weights)
     sizes = EngineConfig(slots=1, max_length=SEQUENCE, kv_dtype=kv_dtype).sizes(run.mesh)
@@ -84,7 +85,7 @@ def scores(run: LoadedRun, tokens: np.ndarray, weights: str | None = None, kv_dt
 
 
 def weight_bytes(run: LoadedRun, weights: str | None) -> int:
-    plan, variables = separate(run.blueprint, run.variables, run.mesh)
+    plan, variables = separate(run.blueprint, run.variables, run.mesh, choose_exchange(run.config.model, run.mesh, 1))
     if weights is not None:
         _, variables = quantize(plan, variables, weights)
     return sum(leaf.nbytes for leaf in jax.tree.leaves(variables.params))

@@ -26,19 +26,21 @@ from gshardx.errors import BadInput
 from gshardx.infer.costs import measured_costs
 from gshardx.infer.depth import Depth
 from gshardx.infer.drafts import Drafter, FewerExperts, PromptLookup
+from gshardx.infer.exchange import choose_exchange
 from gshardx.infer.fill import fill_decode, fill_step
 from gshardx.infer.live import Live
 from gshardx.infer.programs import agreeing_programs
 from gshardx.infer.quantize import quantize
 from gshardx.infer.request import Output, Request, SamplingParams
 from gshardx.infer.scheduler import NeedsResults, Plan, Scheduler, Segment, Sequence
-from gshardx.infer.settings import EngineConfig
+from gshardx.infer.settings import EngineConfig, batch_shards
 from gshardx.infer.slots import SlotTables
 from gshardx.infer.text import TextStream
 from gshardx.infer.weights import fewer_experts, placed, separate
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import one_program_at_a_time
 from gshardx.sharding.distributed import fetch
+from gshardx.sharding.guard import count_compiles
 
 
 @dataclasses.dataclass
@@ -58,6 +60,8 @@ class Stats:
     accepted_tokens: int = 0
     """Of the guesses, those that were right."""
     retractions: int = 0
+    compilations: int = 0
+    """While serving; there is nothing to compile."""
 
 
 @dataclasses.dataclass
@@ -93,13 +97,17 @@ class Engine:
         config: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
     ) -> None:
         self.config, self.tokenizer, self.stats = config, tokenizer, Stats()
-        blueprint, self._variables = separate(blueprint, variables, mesh)
+        rows = config.slots * batch_shards(mesh)
+        self.exchange = choose_exchange(blueprint.config, mesh, rows, config.exchange)
+        blueprint, self._variables = separate(blueprint, variables, mesh, self.exchange)
         if config.weights is not None:
             blueprint, self._variables = quantize(blueprint, self._variables, config.weights)
         self.vocab = blueprint.vocab
         layers = len(self._variables.params["stack"]["separate"])
         self._places = np.tile(np.arange(blueprint.config.moe.num_experts), (layers, 1))
-        drafter = fewer_experts(blueprint, config.draft_experts, mesh) if config.drafts == "fewer_experts" else None
+        drafter = None
+        if config.drafts == "fewer_experts":
+            drafter = fewer_experts(blueprint, config.draft_experts, mesh, self.exchange)
         self.programs, self.sizes = agreeing_programs(blueprint, self._variables, mesh, config, drafter)
         sizes = self.sizes
         self._state = self.programs.initial_state()
@@ -184,6 +192,12 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Start one call of the device, read the results of the one before, and return what there is to say."""
+        with count_compiles() as count:
+            said = self._step()
+        self.stats.compilations += len(count.compiled)
+        return said
+
+    def _step(self) -> list[Output]:
         said, self._early = self._early, []
         drafts: dict[Sequence, int] = {}
         if self._drafter is not None:

@@ -3,14 +3,21 @@
 import dataclasses
 import math
 
+import numpy as np
 from jax.sharding import Mesh
 
 from gshardx.errors import BadInput
+from gshardx.infer.exchange import EXCHANGES
 from gshardx.infer.program import Sizes
 from gshardx.infer.quantize import WEIGHTS
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
 DRAFTS = ("prompt_lookup", "fewer_experts")
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Devices that have sequences of their own."""
+    return math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +42,15 @@ class EngineConfig:
     """Rows of a matrix product at most; halved where that is what it takes for all programs to give the same bits."""
     steps: int = 8
     """Tokens that a sequence may write in one call, where all are writing."""
+    programs: int = 9
+    """To compile at most, those of a drafter left out: more fit calls better, and take longer to start."""
     kv_dtype: str | None = None
     """Of keys and values; one of KV_DTYPES; default: the model's. int8 has a scale for each head of a token."""
     weights: str | None = None
     """Of attention, feed-forward networks and experts, one of WEIGHTS (:mod:`gshardx.infer.quantize`); default: as
     trained."""
+    exchange: str | None = None
+    """How tokens reach experts on several devices, one of EXCHANGES; default: by what sends and reads fewest bytes."""
     drafts: str | None = None
     """Who guesses tokens ahead, one of DRAFTS; default: nobody."""
     draft_depth: int = 7
@@ -52,17 +63,28 @@ class EngineConfig:
             value = getattr(self, field.name)
             if isinstance(value, int) and value < 1:
                 raise BadInput(f"{field.name} = {value}: must be 1 or more")
-        for name, values in (("kv_dtype", KV_DTYPES), ("drafts", DRAFTS), ("weights", WEIGHTS)):
+        for name, values in (
+            ("kv_dtype", KV_DTYPES),
+            ("drafts", DRAFTS),
+            ("weights", WEIGHTS),
+            ("exchange", EXCHANGES),
+        ):
             if getattr(self, name) not in (None, *values):
                 raise BadInput(f"{name} = {getattr(self, name)}: must be one of {', '.join(values)}")
         if self.tile < 2:
             raise BadInput(f"tile = {self.tile}: a product of one row is made by another kernel; use 2 or more")
 
     def sizes(self, mesh: Mesh) -> Sizes:
-        shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
         pages = self.pages or self.slots * -(-self.max_length // self.page_size)
         return Sizes(
-            shards, self.slots, pages + 1, self.page_size, self.max_length, self.tile, self.steps, self.kv_dtype
+            batch_shards(mesh),
+            self.slots,
+            pages + 1,
+            self.page_size,
+            self.max_length,
+            self.tile,
+            self.steps,
+            self.kv_dtype,
         )
 
     def samples(self) -> int:
@@ -76,6 +98,9 @@ class EngineConfig:
         return sorted({min(8, self.tile), whole})
 
     def row_buckets(self) -> list[int]:
-        """Powers of two; never one row, whose products another kernel makes."""
+        """Powers of two, as many as ``programs`` leaves; never one row, whose products another kernel makes."""
         top = max(2, self.slots)
-        return sorted({min(2**power, top) for power in range(1, 2 + math.ceil(math.log2(top)))})
+        powers = math.ceil(math.log2(top))
+        count = min(powers, max(1, self.programs - 1 - len(self.token_buckets())))
+        spaced = np.linspace(1, powers, count) if count > 1 else [powers]
+        return sorted({min(2 ** round(power), top) for power in spaced})

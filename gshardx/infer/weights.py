@@ -12,29 +12,28 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from gshardx.errors import BadInput
-from gshardx.infer.exchange import choose_exchange
-from gshardx.layers import Dispatcher, Layers, MergedExperts, MoE, merged
+from gshardx.infer.exchange import Exchange
+from gshardx.layers import Layers, MergedExperts, MoE, merged
 from gshardx.models.build import Blueprint, Params, Variables, blueprint
 from gshardx.sharding import CompiledStep, shard
 from gshardx.sharding.kept import KeptSteps
 
 
 class Serving(Layers):
-    """Layers whose tokens reach their experts by ``dispatcher``; experts may be anywhere (``MoE.place``)."""
+    """Layers whose tokens reach their experts by ``exchange``; experts may be anywhere (``MoE.place``)."""
 
-    def __init__(self, *args: Any, dispatcher: Dispatcher, rngs: nnx.Rngs) -> None:
+    def __init__(self, *args: Any, exchange: Exchange, rngs: nnx.Rngs) -> None:
         super().__init__(*args, rngs=rngs)
         for unit in self.separate:
             moe = unit.sparse.feed_forward
             assert isinstance(moe, MoE)
-            moe.dispatcher, moe.experts = dispatcher, MergedExperts(moe.experts)
+            moe.dispatcher, moe.experts = exchange.dispatcher, MergedExperts(moe.experts, sliced=exchange.sliced)
             moe.place = nnx.data(shard(nnx.Param(jnp.arange(moe.router.num_experts)), "router", name="place"))
 
 
-def separate(plan: Blueprint, variables: Variables, mesh: Mesh) -> tuple[Blueprint, Variables]:
-    """The same model with arrays of its own for each layer, in the same places, as :class:`Serving` has it."""
-    chosen = choose_exchange(plan.config, mesh)
-    apart = blueprint(plan.config, plan.vocab, mesh, stack=partial(Serving, dispatcher=chosen.dispatcher))
+def separate(plan: Blueprint, variables: Variables, mesh: Mesh, exchange: Exchange) -> tuple[Blueprint, Variables]:
+    """The same model with arrays of its own for each layer, as :class:`Serving` has it."""
+    apart = blueprint(plan.config, plan.vocab, mesh, stack=partial(Serving, exchange=exchange))
     count = len(apart.params["stack"]["separate"])
 
     def arrange(params: Params) -> Params:
@@ -47,13 +46,13 @@ def separate(plan: Blueprint, variables: Variables, mesh: Mesh) -> tuple[Bluepri
         return {**params, "stack": {"separate": units}}
 
     places = jax.tree.map(lambda leaf: leaf.sharding, apart.params)
-    kept = KeptSteps(mesh, repr((plan.config, plan.vocab)))
+    kept = KeptSteps(mesh, repr((plan.config, plan.vocab, exchange)))
     with kept.making():
         step = kept.get("separate", lambda: CompiledStep(arrange, (plan.params,), mesh, out_shardings=places))
     return apart, variables._replace(params=step(variables.params))
 
 
-def fewer_experts(plan: Blueprint, top_k: int, mesh: Mesh) -> Blueprint:
+def fewer_experts(plan: Blueprint, top_k: int, mesh: Mesh, exchange: Exchange) -> Blueprint:
     """The same parameters, read by a model that sends each token to ``top_k`` experts.
 
     Raises:
@@ -63,8 +62,7 @@ def fewer_experts(plan: Blueprint, top_k: int, mesh: Mesh) -> Blueprint:
     if top_k >= moe.top_k:
         raise BadInput(f"draft_experts = {top_k}: the model sends a token to {moe.top_k}; use fewer")
     config = dataclasses.replace(plan.config, moe=dataclasses.replace(moe, top_k=top_k))
-    chosen = choose_exchange(config, mesh)
-    smaller = blueprint(config, plan.vocab, mesh, stack=partial(Serving, dispatcher=chosen.dispatcher))
+    smaller = blueprint(config, plan.vocab, mesh, stack=partial(Serving, exchange=exchange))
     return dataclasses.replace(smaller, params=plan.params)
 
 

@@ -17,6 +17,7 @@ from gshardx.layers.dispatch.contract import Slots
 from gshardx.layers.dispatch.dense import Shown
 from gshardx.layers.experts import ACTIVATIONS, Experts
 from gshardx.sharding import axis_size, manual, shard
+from gshardx.sharding.axes import RULES, Rules
 
 Activation = Callable[..., Array]
 
@@ -46,6 +47,7 @@ class Weights(NamedTuple):
         return one
 
 
+SLICED: Rules = {**RULES, "expert": (), "hidden": ("expert", "tensor")}
 _AXES = ("expert model choice hidden", "expert choice hidden", "expert hidden model", "expert model")
 
 
@@ -54,17 +56,21 @@ class MergedExperts(nnx.Module):
 
     Args:
         experts: what they are made of; with the parameters ``w_in``, ``w_down`` and, if any, ``b_in``, ``b_down``.
+        sliced: split every expert's hidden units over the mesh axis ``expert``, instead of the experts (MoEShard, arXiv
+            2503.08467): all devices read the same share of whatever experts are chosen. For :class:`Shown` tokens.
     """
 
-    def __init__(self, experts: Experts) -> None:
-        self.activation = experts.activation
+    def __init__(self, experts: Experts, *, sliced: bool = False) -> None:
+        self.activation, self.sliced = experts.activation, sliced
         parts = merged({name: value.get_value() for name, value in vars(experts).items() if _is_param(value)})
-        self.w_in = shard(nnx.Param(parts["w_in"]), "expert embed choice hidden", name="w_in")
-        self.w_down = experts.w_down
-        self.b_in = self.b_down = None
-        if "b_in" in parts:
-            self.b_in = nnx.data(shard(nnx.Param(parts["b_in"]), "expert choice hidden", name="b_in"))
-            self.b_down = nnx.data(experts.b_down)
+        rules = SLICED if sliced else RULES
+
+        def param(name: str, axes: str) -> Any:
+            return nnx.data(shard(nnx.Param(parts[name]), axes, rules, name=name) if name in parts else None)
+
+        self.w_in = param("w_in", "expert embed choice hidden")
+        self.w_down = param("w_down", "expert hidden embed")
+        self.b_in, self.b_down = param("b_in", "expert choice hidden"), param("b_down", "expert embed")
 
     def __call__(self, x: Slots | Shown) -> Any:
         """As :class:`Experts`; of :class:`Shown` tokens come back the weighted sums."""
@@ -73,7 +79,7 @@ class MergedExperts(nnx.Module):
             weights = Weights(self.w_in[...], next(biases), self.w_down[...], next(biases))
             activation = ACTIVATIONS[self.activation]
             if isinstance(x, Shown):
-                return shown_to_all(activation, x, weights)
+                return shown_to_all(activation, x, weights, sliced=self.sliced)
             e, g, c, m = x.shape
             out = _computed(activation, x.reshape(e, g * c, m), weights.as_dtype(x.dtype), biased=True)
             return shard(out.reshape(e, g, c, m), "expert expert_group slot model")
@@ -93,13 +99,14 @@ def _is_param(value: Any) -> bool:
     return isinstance(value, nnx.Param)
 
 
-def shown_to_all(activation: Activation, x: Shown, weights: Weights) -> Float[Array, "g s m"]:
+def shown_to_all(activation: Activation, x: Shown, weights: Weights, *, sliced: bool) -> Float[Array, "g s m"]:
     """The weighted sum of each token's experts.
 
     Args:
         activation: of the pre-activations.
         x: tokens and choices.
-        weights: of all experts; on each device its own, along ``expert``.
+        weights: of all experts; on each device its own, or its slices of all.
+        sliced: see :class:`MergedExperts`.
     """
     devices, slices = axis_size("expert"), axis_size("tensor")
 
@@ -111,7 +118,7 @@ def shown_to_all(activation: Activation, x: Shown, weights: Weights) -> Float[Ar
             rows, own, gates, scales = jax.tree.map(
                 lambda leaf: jax.lax.all_gather(leaf, "expert", tiled=True), (rows, own, gates, scales)
             )
-            own -= jax.lax.axis_index("expert") * weights.experts
+            own -= 0 if sliced else jax.lax.axis_index("expert") * weights.experts
         gates = jnp.where((own >= 0) & (own < weights.experts), gates, 0.0)
         compute = _those_chosen if own.size < weights.experts else _all
         total = compute(activation, rows, own, gates, scales, weights)
@@ -119,12 +126,15 @@ def shown_to_all(activation: Activation, x: Shown, weights: Weights) -> Float[Ar
         if weights.b_out is not None:
             exact = jax.lax.Precision.HIGHEST
             biases = weights.b_out.astype(jnp.float32)
+            if sliced and devices > 1:  # all devices have all of them: one adds them
+                biases = jnp.where(jax.lax.axis_index("expert") == 0, biases, 0.0)
             total += jnp.dot(_by_expert(gates, own, weights.experts), biases, precision=exact)
         if devices > 1:
             total = jax.lax.psum_scatter(total, "expert", scatter_dimension=0, tiled=True)
         return total.astype(values.dtype).reshape(values.shape)
 
-    on_each = manual(on_one, ("group", "group", "group", "group", *_AXES), "group", check_vma=False)
+    rules = SLICED if sliced else RULES
+    on_each = manual(on_one, ("group", "group", "group", "group", *_AXES), "group", rules, check_vma=False)
     return on_each(x.values, x.experts, x.weights, x.input_weights, *weights)
 
 

@@ -196,6 +196,7 @@ def test_nothing_is_compiled_after_the_start(model, requests):
     with count_compiles() as count:
         answered(engine, requests)
     assert count.compiled == []
+    assert engine.stats.compilations == 0
 
 
 @pytest.mark.slow
@@ -252,9 +253,21 @@ def test_what_cant_be_served_is_refused(engine, request_, message):
     ids=str,
 )
 def test_eight_devices_answer_as_one(model, mesh):
+    check_many_devices(model, Model(mesh), dataclasses.replace(SMALL, slots=2, pages=40))
+
+
+@pytest.mark.parametrize(
+    "exchange", [pytest.param("sliced", marks=pytest.mark.slow), pytest.param("all_to_all", marks=pytest.mark.sweep)]
+)
+def test_every_way_to_the_experts_answers_alike(model, exchange, monkeypatch):
+    monkeypatch.setattr("gshardx.infer.exchange.NARROWEST", 4)
+    config = dataclasses.replace(SMALL, slots=2, budget=8, pages=40, exchange=exchange)
+    check_many_devices(model, Model(MeshConfig(expert=2)), config)
+
+
+def check_many_devices(model, many, config):
     requests = plain(4, 12)
-    many = Model(mesh)
-    answers = answered(many.engine(dataclasses.replace(SMALL, slots=2, pages=40)), requests)
+    answers = answered(many.engine(config), requests)
     check_against_full_pass(many.plan, many.variables, requests, answers)
     one = answered(model.engine(), requests)
     for key, answer in answers.items():

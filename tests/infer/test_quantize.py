@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gshardx.infer.exchange import choose_exchange
 from gshardx.infer.quantize import LARGEST, SUMMED, Quantized, quantize, quantized
 from gshardx.infer.request import Request, SamplingParams
 from gshardx.infer.weights import separate
@@ -38,6 +39,10 @@ def test_a_group_of_zeros_stays_zero():
     assert not np.asarray(quantized(jnp.zeros((4, 4)), "int4", -2).astype(jnp.float32)).any()
 
 
+def arranged(model):
+    return separate(model.plan, model.variables, model.mesh, choose_exchange(model.plan.config, model.mesh, 8))
+
+
 def whole_again(params):
     return jax.tree.map(
         lambda leaf: leaf.astype(jnp.float32) if isinstance(leaf, Quantized) else leaf,
@@ -51,7 +56,7 @@ def bytes_of(tree):
 
 
 def test_the_large_matrices_shrink_and_nothing_else_changes(model):
-    plan, variables = separate(model.plan, model.variables, model.mesh)
+    plan, variables = arranged(model)
     large = [leaf for path, leaf in jax.tree.leaves_with_path(variables.params) if path[-1].key in SUMMED]
     for bits, share in (("int8", 0.5), ("int4", 0.4)):  # groups of 8 and 16 here: scales weigh more than they would
         _, small = quantize(plan, variables, bits)
@@ -79,7 +84,7 @@ def test_an_engine_computes_with_what_the_integers_stand_for(weights, mesh):
         Request(str(number), prompt, SamplingParams(max_new_tokens=6, temperature=0.0, logprobs=0, ignore_end=True))
         for number, prompt in enumerate(texts(5, 3))
     ]
-    plan, variables = separate(model.plan, model.variables, model.mesh)
+    plan, variables = arranged(model)
     _, small = quantize(plan, variables, weights)
     answers = answered(model.engine(config), requests)
     check_against_full_pass(plan, variables._replace(params=whole_again(small.params)), requests, answers)

@@ -15,20 +15,20 @@ from gshardx.sharding import MeshConfig, build_mesh
 E, M, H = 8, 16, 24
 
 
-def merged_experts(biases=False):
+def merged_experts(biases=False, sliced=False):
     rngs = nnx.Rngs(0)
     experts = Experts(E, M, H, "swiglu", biases=biases, rngs=rngs)
     if biases:
         for name in ("b_up", "b_gate", "b_down"):
             value = getattr(experts, name)
             value.set_value(jax.random.normal(jax.random.key(5), value.get_value().shape))
-    return experts, MergedExperts(experts)
+    return experts, MergedExperts(experts, sliced=sliced)
 
 
-def moe(dispatcher, router=TopKRouter, biases=False, plain=False, **options):
+def moe(dispatcher, router=TopKRouter, biases=False, plain=False, sliced=False, **options):
     rngs = nnx.Rngs(0)
     dropless = Capacity(None)
-    experts, together = merged_experts(biases)
+    experts, together = merged_experts(biases, sliced)
     how = experts if plain else together
     return MoE(router(M, E, 2, capacity=dropless, rngs=rngs, **options), dispatcher, how)
 
@@ -49,6 +49,16 @@ CASES = {
 
 def outputs(model, x, valid):
     return jax.jit(lambda x, valid: model(x, valid, None, model.router.initial_state())[0])(x, valid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_slices_of_all_experts_add_up(case):
+    x, valid = tokens(6)
+    expected = outputs(moe(Gather(), plain=True, **CASES[case]), x, valid)
+    with jax.set_mesh(build_mesh(MeshConfig(data=2, expert=2, tensor=2))):
+        found = outputs(moe(Dense(), sliced=True, **CASES[case]), x, valid)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("dispatcher", [Dense, Gather])

@@ -171,3 +171,26 @@ def test_generation_streams_from_a_run_and_a_batch_changes_nothing(place, undist
     assert texts("--prompt_file", str(place / "prompts.txt")) == texts("--prompt", "question") + "\n" + alone + "\n"
     sharded = texts("--prompt", "question", "--prompt", "to be", "--mesh.expert", "4")
     assert sharded == texts("--prompt_file", str(place / "prompts.txt"))
+
+
+def test_a_batch_that_was_killed_goes_on_where_it_was(place, undisturbed):
+    """SIGKILL between two answers; the same command then gives, byte for byte, what an undisturbed one gives."""
+    prompts = [{"prompt": text, "n": 1 + number % 2} for number, text in enumerate(["to be", "or", "not"] * 8)]
+    (place / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+
+    def answer(output):
+        options = ["--run", str(undisturbed), "--max_new_tokens", "20", "--batch_size", "2"]
+        return start(place, "batch", "in.jsonl", output, *options, module="gshardx.infer")
+
+    finish(answer("whole.jsonl"))
+    killed, output = answer("killed.jsonl"), place / "killed.jsonl"
+    while not (output.exists() and output.read_bytes().count(b"\n") >= 5):
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    killed.kill()
+    killed.communicate()
+    before = output.read_bytes()
+    assert before.count(b"\n") < len(prompts)
+    said, _ = finish(answer("killed.jsonl"))
+    assert f"{len(prompts) - before.count(chr(10).encode())} answers" in said
+    assert output.read_bytes() == (place / "whole.jsonl").read_bytes()
