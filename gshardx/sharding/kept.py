@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from gshardx.sharding.compile import CompiledStep
+from gshardx.sharding.startup import machine
 
 _SETTINGS: Any = jax.config
 
@@ -35,7 +36,7 @@ class KeptSteps:
         self.mesh, self.folder = mesh, _folder()
         devices = [(device.device_kind, device.id) for device in mesh.devices.flat]
         xla = os.environ.get("XLA_FLAGS", "")
-        told = (facts, mesh.shape, devices, version("jax"), version("jaxlib"), xla, _own_code())
+        told = (facts, mesh.shape, devices, machine(), version("jax"), version("jaxlib"), xla, _own_code())
         self._key = hashlib.sha256(repr(told).encode()).hexdigest()[:24]
 
     def get(self, name: str, make: Callable[[], CompiledStep[..., Any]]) -> CompiledStep[..., Any]:

@@ -54,14 +54,15 @@ def keep_compiled() -> None:
     """
     if _SETTINGS.jax_compilation_cache_dir is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "gshardx" / "xla" / _machine()))
+        jax.config.update("jax_compilation_cache_dir", str(root / "gshardx" / "xla" / machine()))
 
 
 def _has_accelerator() -> bool:
     return any(map(glob.glob, _ACCELERATORS))
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Tells CPUs apart that run different code."""
     try:
         facts = Path("/proc/cpuinfo").read_text()
     except OSError:
