@@ -2,7 +2,8 @@
 
 from gshardx.layers.attention import Attention
 from gshardx.layers.block import Block, Layers, Stack, Unit
-from gshardx.layers.dispatch import Auto, Dense, Dispatcher, Einsum, Gather, Ragged, choose_dispatcher
+from gshardx.layers.dense import Dense
+from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Ragged, choose_dispatcher
 from gshardx.layers.embed import Embedding, Unembedding
 from gshardx.layers.experts import Experts, FeedForward
 from gshardx.layers.memory import KVCache, Memory, Packed

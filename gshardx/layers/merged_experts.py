@@ -13,8 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from gshardx.layers.dense import Shown
 from gshardx.layers.dispatch.contract import Slots
-from gshardx.layers.dispatch.dense import Shown
 from gshardx.layers.experts import ACTIVATIONS, Experts
 from gshardx.sharding import axis_size, manual, shard
 from gshardx.sharding.axes import RULES, Rules

@@ -11,8 +11,6 @@ from gshardx.errors import BadInput
 from gshardx.layers.balance import Sums
 from gshardx.layers.dispatch import Dispatcher
 from gshardx.layers.draws import group_keys, row_keys
-from gshardx.layers.experts import Experts
-from gshardx.layers.merged_experts import MergedExperts
 from gshardx.layers.routing import Losses, Router, RouterState, RouterStats
 from gshardx.layers.shared import Beside, nothing
 from gshardx.sharding import shard
@@ -37,7 +35,7 @@ class MoE(nnx.Module):
     Args:
         router: who.
         dispatcher: how.
-        experts: what; merged ones take what :class:`gshardx.layers.Dense` dispatches.
+        experts: what: :class:`Experts`, or merged ones, which take what :class:`Dense` dispatches.
         beside: joins a dense network: :class:`Shared`, :class:`GatedShared`, :class:`Residual`.
         group_size: tokens that compete for slots; divides b * t. None: each sequence is a group.
     """
@@ -46,18 +44,14 @@ class MoE(nnx.Module):
         self,
         router: Router,
         dispatcher: Dispatcher,
-        experts: Experts | MergedExperts,
+        experts: Any,
         beside: Beside = nothing,
         *,
         group_size: int | None = None,
     ) -> None:
-        self.router = router
-        self.dispatcher = dispatcher
-        self.experts: Any = experts
-        self.beside = beside
-        self.group_size = group_size
-        self.place: nnx.Param[Array] | None = None
-        """Where each expert's weights are, int32 ``[e]``, once experts may move (inference); None: in order."""
+        self.router, self.dispatcher, self.experts = router, dispatcher, experts
+        self.beside, self.group_size = beside, group_size
+        self.place: nnx.Param[Array] | None = None  # where each expert is, int32 [e], once they may move (inference)
 
     def __call__(
         self,

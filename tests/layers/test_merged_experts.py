@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from gshardx.layers import Capacity, Dense, Experts, Gather, MergedExperts, MoE, SigmoidBiasRouter, TopKRouter
-from gshardx.layers.dispatch.dense import Shown
+from gshardx.layers.dense import Shown
 from gshardx.sharding import MeshConfig, build_mesh
 
 E, M, H = 8, 16, 24

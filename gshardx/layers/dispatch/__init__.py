@@ -3,7 +3,6 @@
 from gshardx.layers.dispatch.auto import Auto, Choice, choose_dispatcher
 from gshardx.layers.dispatch.carry import ALL_TO_ALL_RESULTS
 from gshardx.layers.dispatch.contract import Dispatcher, Rows, Slots
-from gshardx.layers.dispatch.dense import Dense
 from gshardx.layers.dispatch.ragged import Ragged
 from gshardx.layers.dispatch.slots import Einsum, Gather
 
@@ -11,7 +10,6 @@ __all__ = [
     "ALL_TO_ALL_RESULTS",
     "Auto",
     "Choice",
-    "Dense",
     "Dispatcher",
     "Einsum",
     "Gather",

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 from jaxtyping import Array, Float, Int
 
-from gshardx.layers.dispatch.dense import Shown
+from gshardx.layers.dense import Shown
 from gshardx.layers.routing import Routing
 
 Slots = Float[Array, "e g c m"]
