@@ -236,6 +236,7 @@ def test_shared_experts_join_as_their_formulas_say():
         assert float(jnp.abs(dense).max()) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Gather, Einsum, partial(Ragged, "padded")], ids=["gather", "einsum", "ragged"])
 def test_bfloat16_on_the_wire_rounds_what_travels_and_nothing_else(kind):
     x, valid = inputs()

@@ -63,6 +63,7 @@ def train(config, mesh_config, steps=2):
     return losses, jax.device_get(state.params)
 
 
+@pytest.mark.slow
 def test_hlo_size_does_not_grow_with_depth():
     sizes = [compiled(model(layers), MeshConfig(expert=8))[-1].hlo_instructions for layers in (4, 16)]
     assert sizes[0] == sizes[1] > 100

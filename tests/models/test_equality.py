@@ -94,9 +94,7 @@ def test_there_are_enough_meshes():
 
 
 def tier(mesh_config):
-    if mesh_config not in QUICK:
-        return pytest.mark.sweep
-    return [] if mesh_config == QUICK[0] else pytest.mark.slow
+    return pytest.mark.slow if mesh_config in QUICK else pytest.mark.sweep
 
 
 @pytest.mark.parametrize("mesh_config", [pytest.param(m, marks=tier(m)) for m in MESHES], ids=str)

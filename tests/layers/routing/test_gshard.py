@@ -162,6 +162,7 @@ def test_no_first_choice_is_dropped_while_a_second_one_stays():
         assert mixed > 0, "some expert must run out of room among second choices"
 
 
+@pytest.mark.slow
 def test_gradient_of_the_weights_is_that_of_the_papers_quotient():
     tokens, kernel, valid = data(6, "random", 12, 8)
     call = compiled(GShardRouter, 8, 2, "random", capacity=Capacity(0.8))
