@@ -108,21 +108,22 @@ class Engine:
         drafter = None
         if config.drafts == "fewer_experts":
             drafter = fewer_experts(blueprint, config.draft_experts, mesh, self.exchange)
-        self.programs, self.sizes = agreeing_programs(blueprint, self._variables, mesh, config, drafter)
+        found = agreeing_programs(blueprint, self._variables, mesh, config, self.exchange, drafter)
+        self.programs, self.sizes = found
         sizes = self.sizes
-        self._state = self.programs.initial_state()
+        self._drafter: Drafter | None = None
+        if config.drafts is not None:
+            self._drafter = PromptLookup() if drafter is None else FewerExperts(self._draw_drafts)
+            self._depth = Depth(config.draft_depth, measured_costs(self.programs, self._variables, sizes))
+        self._state = self.programs.initial_state()  # after all trials, which had a cache of their own
         self._tables = SlotTables(sizes)
         self.scheduler = Scheduler(
             shards=sizes.shards,
             slots=sizes.slots,
             pages=sizes.pages,
             page_size=sizes.page_size,
-            budget=config.token_buckets()[-1],
+            budget=max(self.programs.steps),
         )
-        self._drafter: Drafter | None = None
-        if config.drafts is not None:
-            self._drafter = PromptLookup() if drafter is None else FewerExperts(self._draw_drafts)
-            self._depth = Depth(config.draft_depth, measured_costs(self.programs, self._variables, self.sizes))
         self._live: dict[Sequence, Live] = {}
         self._flights: collections.deque[_Flight] = collections.deque()
         self._ahead = 0 if one_program_at_a_time(mesh) else 1

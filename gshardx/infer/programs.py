@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gshardx.infer.buffer import Layout
+from gshardx.infer.exchange import Exchange
 from gshardx.infer.program import (
     DeviceState,
     Sizes,
@@ -78,19 +79,29 @@ class Programs:
         tokens: buckets of ``step``, tokens of a shard.
         rows: buckets of ``decode``, rows of a shard.
         samples: places of a shard where ``step`` may draw; of more than a tile, a multiple of it.
+        exchange: how the model's tokens reach their experts.
         drafter: the same parameters in a model that computes less; its ``decode`` is compiled as well.
     """
 
     def __init__(
         self, blueprint: Blueprint, sizes: Sizes, mesh: Mesh, *, tokens: Sequence[int], rows: Sequence[int],
-        samples: int, drafter: Blueprint | None = None,
+        samples: int, exchange: Exchange, drafter: Blueprint | None = None,
     ) -> None:  # fmt: skip
         start = time.perf_counter()
         state = abstract_state(blueprint, sizes, mesh)
         places = jax.tree.map(lambda a: a.sharding, state)
         whole = everywhere(mesh)
         described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.spec), blueprint.variables)
-        facts = (blueprint.config, blueprint.vocab, described, drafter and drafter.config, sizes, samples, OPTIONS)
+        facts = (
+            blueprint.config,
+            blueprint.vocab,
+            exchange,
+            described,
+            drafter and drafter.config,
+            sizes,
+            samples,
+            OPTIONS,
+        )
         kept = KeptSteps(mesh, repr(facts))
 
         def compiled(
@@ -189,14 +200,19 @@ class Programs:
 
 
 def agreeing_programs(
-    blueprint: Blueprint, variables: Variables, mesh: Mesh, config: EngineConfig, drafter: Blueprint | None = None
+    blueprint: Blueprint,
+    variables: Variables,
+    mesh: Mesh,
+    config: EngineConfig,
+    exchange: Exchange,
+    drafter: Blueprint | None = None,
 ) -> tuple[Programs, Sizes]:
     """Programs of ``config``, with a smaller tile if that is what it takes for all to give the same bits."""
     while True:
         sizes, samples = config.sizes(mesh), config.samples()
         programs = Programs(
             blueprint, sizes, mesh, tokens=config.token_buckets(), rows=config.row_buckets(), samples=samples,
-            drafter=drafter,
+            exchange=exchange, drafter=drafter,
         )  # fmt: skip
         if programs.agree(variables):
             return programs, sizes

@@ -60,7 +60,8 @@ def fewer_experts(plan: Blueprint, top_k: int, mesh: Mesh, exchange: Exchange) -
     """
     moe = plan.config.moe
     if top_k >= moe.top_k:
-        raise BadInput(f"draft_experts = {top_k}: the model sends a token to {moe.top_k}; use fewer")
+        mend = "use fewer" if moe.top_k > 1 else "use the drafter prompt_lookup"
+        raise BadInput(f"draft_experts = {top_k}: the model itself sends a token to {moe.top_k}; {mend}")
     config = dataclasses.replace(plan.config, moe=dataclasses.replace(moe, top_k=top_k))
     smaller = blueprint(config, plan.vocab, mesh, stack=partial(Serving, exchange=exchange))
     return dataclasses.replace(smaller, params=plan.params)

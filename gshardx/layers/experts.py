@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from gshardx.layers.dense import Shown
 from gshardx.layers.dispatch.contract import Rows, Slots
 from gshardx.layers.grouped import grouped_matmul
 from gshardx.layers.param import fan_in_normal, param
@@ -33,7 +34,7 @@ ACTIVATIONS: dict[str, Activation] = {
 """Of the hidden units; those with two arguments are gated."""
 
 
-def input_names(activation: str) -> tuple[str, ...]:
+def _input_names(activation: str) -> tuple[str, ...]:
     """One matrix into the hidden units for each argument of the activation."""
     return ("up", "gate") if activation.endswith("glu") else ("up",)
 
@@ -43,14 +44,16 @@ class FeedForward(nnx.Module):
 
     def __init__(self, width: int, hidden: int, activation: str, *, rngs: nnx.Rngs, output_scale: float = 1.0) -> None:
         self.activation = activation
-        for name in input_names(activation):
+        for name in _input_names(activation):
             w = param(rngs.params(), "embed hidden", (width, hidden), fan_in_normal(width))
             setattr(self, f"w_{name}", w)
         self.w_down = param(rngs.params(), "hidden embed", (hidden, width), fan_in_normal(hidden, output_scale))
 
     def __call__(self, x: Float[Array, "b t m"]) -> Float[Array, "b t m"]:
         with jax.named_scope("feed_forward"):
-            w_in = tuple(getattr(self, f"w_{name}")[...].astype(x.dtype)[None] for name in input_names(self.activation))
+            w_in = tuple(
+                getattr(self, f"w_{name}")[...].astype(x.dtype)[None] for name in _input_names(self.activation)
+            )
             rows = x.reshape(1, -1, x.shape[-1])
             out = expert_mlp(ACTIVATIONS[self.activation], rows, w_in, (), self.w_down[...].astype(x.dtype)[None], None)
             return shard(out.reshape(x.shape), "batch time model")
@@ -82,7 +85,7 @@ class Experts(nnx.Module):
     ) -> None:
         self.activation, self.biases = activation, biases
         zeros = jax.nn.initializers.zeros
-        for name in input_names(activation):
+        for name in _input_names(activation):
             w = param(rngs.params(), "expert embed hidden", (count, width, hidden), fan_in_normal(width))
             setattr(self, f"w_{name}", w)
             if biases:
@@ -92,9 +95,11 @@ class Experts(nnx.Module):
         self.b_down = param(rngs.params(), "expert embed", (count, width), zeros) if biases else None
 
     def __call__(self, x: Slots | Rows) -> Any:
+        if isinstance(x, Shown):
+            raise TypeError("Dense shows every token to every expert; pair it with MergedExperts(experts)")
         with jax.named_scope("experts"):
             dtype = x.values.dtype if isinstance(x, Rows) else x.dtype
-            names = input_names(self.activation)
+            names = _input_names(self.activation)
             w_in = tuple(getattr(self, f"w_{name}")[...].astype(dtype) for name in names)
             b_in = tuple(getattr(self, f"b_{name}")[...].astype(dtype) for name in names if self.biases)
             b_out = None if self.b_down is None else self.b_down[...].astype(dtype)

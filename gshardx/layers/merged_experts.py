@@ -47,6 +47,17 @@ class Weights(NamedTuple):
         return one
 
 
+class _Tokens(NamedTuple):
+    """Of one device: rows, the numbers of their experts among its own, and what each choice weighs."""
+
+    rows: Float[Array, "n m"]
+    own: Int[Array, "n k"]
+    gates: Float[Array, "n k"]
+    """0 where the expert is another device's."""
+    scales: Float[Array, "n k"] | None
+    """On inputs."""
+
+
 SLICED: Rules = {**RULES, "expert": (), "hidden": ("expert", "tensor")}
 _AXES = ("expert model choice hidden", "expert choice hidden", "expert hidden model", "expert model")
 
@@ -112,16 +123,15 @@ def shown_to_all(activation: Activation, x: Shown, weights: Weights, *, sliced: 
 
     def on_one(values: Array, experts: Array, gates: Array, scales: Array | None, *parts: Any) -> Array:
         weights = Weights(*parts)
-        rows, own, gates = (_flat(part) for part in (values, experts, gates))
-        scales = None if scales is None else _flat(scales)
+        tokens = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), _Tokens(values, experts, gates, scales))
+        first: Any = 0
         if devices > 1:
-            rows, own, gates, scales = jax.tree.map(
-                lambda leaf: jax.lax.all_gather(leaf, "expert", tiled=True), (rows, own, gates, scales)
-            )
-            own -= 0 if sliced else jax.lax.axis_index("expert") * weights.experts
-        gates = jnp.where((own >= 0) & (own < weights.experts), gates, 0.0)
+            tokens = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, "expert", tiled=True), tokens)
+            first = 0 if sliced else jax.lax.axis_index("expert") * weights.experts
+        own = tokens.own - first
+        gates = jnp.where((own >= 0) & (own < weights.experts), tokens.gates, 0.0)
         compute = _those_chosen if own.size < weights.experts else _all
-        total = compute(activation, rows, own, gates, scales, weights)
+        total = compute(activation, tokens._replace(own=own, gates=gates), weights)
         total = jax.lax.psum(total, "tensor") if slices > 1 else total
         if weights.b_out is not None:
             exact = jax.lax.Precision.HIGHEST
@@ -136,10 +146,6 @@ def shown_to_all(activation: Activation, x: Shown, weights: Weights, *, sliced: 
     rules = SLICED if sliced else RULES
     on_each = manual(on_one, ("group", "group", "group", "group", *_AXES), "group", rules, check_vma=False)
     return on_each(x.values, x.experts, x.weights, x.input_weights, *weights)
-
-
-def _flat(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _by_expert(values: Float[Array, "n k"], own: Int[Array, "n k"], experts: int) -> Float[Array, "n e"]:
@@ -158,15 +164,9 @@ def _computed(
     return out + weights.b_out[:, None] if biased and weights.b_out is not None else out
 
 
-def _those_chosen(
-    activation: Activation,
-    rows: Float[Array, "n m"],
-    own: Int[Array, "n k"],
-    gates: Float[Array, "n k"],
-    scales: Float[Array, "n k"] | None,
-    weights: Weights,
-) -> Float[Array, "n m"]:
+def _those_chosen(activation: Activation, tokens: _Tokens, weights: Weights) -> Float[Array, "n m"]:
     """One expert after the other, as many as have a token here: no other's weights are read."""
+    rows, own, gates, scales = tokens
     by_expert = _by_expert(gates, own, weights.experts)
     by_scale = None if scales is None else _by_expert(scales, own, weights.experts)
     wanted = (by_expert != 0).any(0)
@@ -181,15 +181,9 @@ def _those_chosen(
     return jax.lax.fori_loop(0, wanted.sum(), add, jnp.zeros(rows.shape, jnp.float32))
 
 
-def _all(
-    activation: Activation,
-    rows: Float[Array, "n m"],
-    own: Int[Array, "n k"],
-    gates: Float[Array, "n k"],
-    scales: Float[Array, "n k"] | None,
-    weights: Weights,
-) -> Float[Array, "n m"]:
+def _all(activation: Activation, tokens: _Tokens, weights: Weights) -> Float[Array, "n m"]:
     """All at once, each with all tokens."""
+    rows, own, gates, scales = tokens
     e, (n, m) = weights.experts, rows.shape
     # Broadcast first: XLA's CPU compiler would transpose the weights for a product without a batch axis on the left.
     x = jnp.broadcast_to(rows, (e, n, m))

@@ -71,8 +71,13 @@ class KeptSteps:
     def _write(self, file: Path, data: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-            part.write(data)
-        os.replace(part.name, file)
+            try:
+                part.write(data)
+                part.close()
+                os.replace(part.name, file)
+            except OSError:
+                os.unlink(part.name)
+                raise
 
 
 def _folder() -> Path | None:

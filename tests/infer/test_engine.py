@@ -265,6 +265,18 @@ def test_every_way_to_the_experts_answers_alike(model, exchange, monkeypatch):
     check_many_devices(model, Model(MeshConfig(expert=2)), config)
 
 
+@pytest.mark.slow
+def test_programs_of_another_way_are_kept_apart(tmp_path):
+    many, before = Model(MeshConfig(expert=2)), jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        for exchange in ("replicate", "all_to_all", "replicate"):
+            many.engine(dataclasses.replace(SMALL, slots=2, budget=8, exchange=exchange))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert len(list((tmp_path / "steps").glob("decode_2-*"))) == 2
+
+
 def check_many_devices(model, many, config):
     requests = plain(4, 12)
     answers = answered(many.engine(config), requests)

@@ -51,7 +51,9 @@ def test_where_the_largest_differ_the_tile_is_halved(model, monkeypatch):
                 off_by_a_bit(self.decodes[4])
 
     monkeypatch.setattr("gshardx.infer.programs.Programs", Differing)
-    assert model.engine().sizes.tile == 4
+    engine = model.engine(dataclasses.replace(SMALL, budget=12))  # 16 tokens in tiles of 8, 12 in tiles of 4
+    assert engine.sizes.tile == 4
+    assert engine.scheduler.budget == max(engine.programs.steps) == 12
     assert tiles == [8, 4]
 
 

@@ -86,6 +86,12 @@ def first(x, rows):
     return jax.tree.map(lambda leaf: leaf[:, :rows], x)
 
 
+def test_plain_experts_say_what_dense_needs():
+    experts, _ = merged_experts()
+    with pytest.raises(TypeError, match="pair it with MergedExperts"):
+        experts(shown(2))
+
+
 def test_one_by_one_gives_the_bits_of_all_at_once():
     experts, x = merged_experts()[1], shown(8)
     compute = jax.jit(lambda x: experts(x))
