@@ -1,15 +1,17 @@
-"""Decoding on this machine's CPU, side by side: gshardx's engine and Hugging Face's generate.
+"""Decoding on this machine's CPU, side by side: gshardx's engine, Hugging Face's generate and llama.cpp.
 
-    python benchmarks/decode_cpu.py --hf_python PYTHON             # everything, in turns: one table and the goals
+    python benchmarks/decode_cpu.py --hf_python PYTHON --llama_python PYTHON  # everything, in turns: a table and goals
     python benchmarks/decode_cpu.py --json --batches 1 8 32        # gshardx alone, one JSON object
     python benchmarks/decode_cpu.py --json --weights int8
 
 The model "mixtral" of train_cpu.py. Greedy, random weights, fp32, 64 tokens of prompt and 128 after it, the time of the
 prompt left out. The roofline is the memory's: bytes that must be read for a token over the bandwidth that two threads
-reach here.
+reach here. llama.cpp has no goal: it stands beside as what hand-written kernels reach.
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -29,25 +31,51 @@ TIMES, ROOFLINE, WARM_SECONDS = 3.0, 0.5, 5.0
 """Goals: times Hugging Face, share of the roofline, seconds until a first token, the model's making among them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    name: str
+    python: str
+    script: str
+    imports: str
+    mend: str
+
+    def measure(self, batch: int) -> dict[str, Any]:
+        """Raises NotMeasured."""
+        command = [self.python, "-c", f"import {self.imports}"]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            raise NotMeasured(self.mend)
+        # OpenMP's threads spin while they wait, and lose two thirds of their speed where others use the cores too.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        command = [self.python, str(HERE / self.script), "--batch", str(batch)]
+        found: dict[str, Any] = json.loads(last_line(command, environment)[0])
+        return found
+
+
 def main() -> int:
     args = parse()
     if args.json:
         return measure_here(args)
     machine = Machine()
+    peers = (
+        Peer("HF", args.hf_python, "hf_generate.py", "torch, transformers",
+             "pip install torch transformers, there or in --hf_python PYTHON"),
+        Peer("llama.cpp", args.llama_python, "llama_cpp_generate.py", "llama_cpp, gguf",
+             "pip install llama-cpp-python gguf, there or in --llama_python PYTHON"),
+    )  # fmt: skip
     ours: list[dict[str, Any]] = []
-    theirs: dict[int, list[dict[str, Any]]] = {batch: [] for batch in args.batches}
-    reasons: dict[int, str] = {}
+    theirs: dict[str, dict[int, list[dict[str, Any]]]] = {one.name: {n: [] for n in args.batches} for one in peers}
+    reasons: set[str] = set()
     first_start = gshardx(args)["start_seconds"]  # the others find the programs that it keeps, as a user's do
     for number in range(args.rounds):
         ours.append(gshardx(args))
-        for batch in args.batches:
+        for peer, batch in itertools.product(peers, args.batches):
             try:
-                theirs[batch].append(hugging_face(args.hf_python, batch))
+                theirs[peer.name][batch].append(peer.measure(batch))
             except NotMeasured as reason:
-                reasons[batch] = str(reason)
+                reasons.add(f"{peer.name} not measured: {reason}")
         print(f"round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
-    print("\n".join(table(ours, theirs, reasons, first_start).markdown()))
-    for line in goals(ours, theirs):
+    print("\n".join(table(ours, theirs, sorted(reasons), first_start).markdown()))
+    for line in goals(ours, theirs["HF"]):
         print(f"- {line}")
     print(f"\n{machine}")
     return 0
@@ -59,6 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="how often each has its turn")
     parser.add_argument("--json", action="store_true", help="measure gshardx alone and print its row")
     parser.add_argument("--hf_python", default=sys.executable, metavar="PYTHON", help="has torch and transformers")
+    parser.add_argument("--llama_python", default=sys.executable, metavar="PYTHON", help="has llama_cpp and gguf")
     for name in ("weights", "kv_dtype", "drafts"):
         parser.add_argument(f"--{name}", help="as of python -m gshardx.infer")
     return parser.parse_args()
@@ -84,44 +113,35 @@ def gshardx(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def hugging_face(python: str, batch: int) -> dict[str, Any]:
-    """Raises NotMeasured."""
-    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True, check=False).returncode:
-        raise NotMeasured("pip install torch transformers, there or in --hf_python PYTHON")
-    # OpenMP's threads spin while they wait, and lose two thirds of their speed where others use the cores too.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    command = [python, str(HERE / "hf_generate.py"), "--batch", str(batch)]
-    found: dict[str, Any] = json.loads(last_line(command, environment)[0])
-    return found
-
-
 def table(
-    ours: list[dict[str, Any]], theirs: dict[int, list[dict[str, Any]]], reasons: dict[int, str], first_start: float
+    ours: list[dict[str, Any]],
+    theirs: dict[str, dict[int, list[dict[str, Any]]]],
+    reasons: list[str],
+    first_start: float,
 ) -> Table:
-    rows = []
-    for batch, peer in theirs.items():
-        mine = [row["batches"][str(batch)] for row in ours]
+    rows, last = [], ours[-1]
+    for key in last["batches"]:
+        mine = [row["batches"][key] for row in ours]
         speeds = [row["tokens_per_second"] for row in mine]
-        ratios = [a / row["tokens_per_second"] for a, row in zip(speeds, peer, strict=False)]
-        rows.append(
-            {
-                "batch": batch,
-                "x Hugging Face": statistics.median(ratios) if ratios else None,
-                "range": f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else reasons[batch],
-                "gshardx tokens/s": statistics.median(speeds),
-                "HF tokens/s": statistics.median(row["tokens_per_second"] for row in peer) if peer else None,
-                "of the roofline": statistics.median(share(one) for one in mine),
-                "padded/true": statistics.median(one["padded_over_true"] for one in mine),
-                "HF": peer[-1]["note"] if peer else "",
-            }
-        )
-    last = ours[-1]
-    versions = [*last["versions"], *next((peer[-1]["versions"] for peer in theirs.values() if peer), [])]
+        row: dict[str, Any] = {"batch": int(key), "gshardx tokens/s": statistics.median(speeds)}
+        for name, found in theirs.items():
+            peer = [one["tokens_per_second"] for one in found[int(key)]]
+            ratios = [a / b for a, b in zip(speeds, peer, strict=False)]
+            row[f"{name} tokens/s"] = statistics.median(peer) if peer else None
+            row[f"x {name}"] = statistics.median(ratios) if ratios else None
+            row[f"{name} range"] = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
+        row["of the roofline"] = statistics.median(share(one) for one in mine)
+        row["padded/true"] = statistics.median(one["padded_over_true"] for one in mine)
+        rows.append(row)
+    measured = [one for found in theirs.values() for batch in found.values() for one in batch[-1:]]
+    versions = dict.fromkeys(name for one in [last, *measured] for name in one["versions"])
     notes = [
         f"{last['programs']} programs; the engine's first start {first_start:.1f} s, its last "
         f"{last['start_seconds']:.1f} s with {last['compiled']} compilations, then {last['first_token_seconds']:.1f} s "
         "in all to the first token",
         f"guesses that were right: {last['guesses']}; {', '.join(versions)}",
+        *dict.fromkeys(one["note"] for one in measured if "note" in one),
+        *reasons,
     ]
     return Table("Decoding: 4 layers, width 256, 8 experts of 512, top 2, vocabulary 4,096, fp32", rows, notes)
 

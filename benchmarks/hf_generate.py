@@ -45,7 +45,7 @@ def main() -> None:
         json.dumps(
             {
                 "tokens_per_second": tokens_per_second(batch, best, NEW),
-                "note": f"{THREADS} threads; fastest experts: {best}",
+                "note": f"Hugging Face, batch {batch}: {THREADS} threads; fastest experts: {best}",
                 "versions": [f"torch {torch.__version__}", f"transformers {transformers.__version__}"],
             }
         )

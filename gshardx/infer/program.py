@@ -49,12 +49,11 @@ class Sizes(NamedTuple):
 class DeviceState:
     """What the device keeps from call to call; donated to each. The last slot is nobody's.
 
-        k, v: pages, as in :class:`gshardx.layers.Paged`. last: the newest token of each slot. history, bias: as
+    pools: pages, as in :class:`gshardx.layers.Paged`. last: the newest token of each slot. history, bias: as
     :class:`gshardx.infer.sampling.Context`, for each slot.
     """
 
-    k: tuple[Pool, ...]
-    v: tuple[Pool, ...]
+    pools: tuple[Pool, ...]
     last: Int[Array, "b slots"]
     history: Int[Array, "b slots v"]
     bias: Float[Array, "b slots v"]
@@ -69,13 +68,9 @@ def abstract_state(blueprint: Blueprint, sizes: Sizes, mesh: Mesh) -> DeviceStat
     def place(shape: tuple[int, ...], dtype: str, axes: str) -> Any:
         return abstract_array(shape, jnp.dtype(dtype), axes.split(), mesh, tensor="engine state")
 
-    def pool_of() -> Pool:
-        return abstract_pool(sizes.kv_dtype or config.dtype, pool, lambda shape, dtype: place(shape, dtype, Paged.AXES))
-
-    pools = tuple(pool_of() for _ in range(config.layers))
+    kv_dtype, platform = sizes.kv_dtype or config.dtype, mesh.devices.flat[0].platform
     return DeviceState(
-        k=pools,
-        v=pools,
+        pools=tuple(abstract_pool(kv_dtype, pool, platform, place) for _ in range(config.layers)),
         last=place(by_slot, "int32", "batch slot"),
         history=place((*by_slot, blueprint.vocab), "int32", "batch slot model"),
         bias=place((*by_slot, blueprint.vocab), "float32", "batch slot model"),
@@ -167,17 +162,17 @@ def step(
     token = jnp.where(token < 0, jnp.take_along_axis(state.last, slot, axis=1), token)
     table, tile = shard(given["table"], "batch time slot"), min(sizes.tile, token.shape[1])
 
-    def compute(number: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
-        found, k, v = carry
+    def compute(number: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        found, pools = carry
         here = [jax.lax.dynamic_slice_in_dim(x, number * tile, tile, axis=1) for x in (token, row, position)]
-        hidden, memory = _forward(model, variables, k, v, table, given["longest"], *here)
-        return jax.lax.dynamic_update_slice_in_dim(found, hidden, number * tile, axis=1), memory.k, memory.v
+        hidden, pools = _forward(model, variables, pools, table, given["longest"], *here)
+        return jax.lax.dynamic_update_slice_in_dim(found, hidden, number * tile, axis=1), pools
 
     config = blueprint.config
     empty = jnp.zeros((*token.shape, config.width), jnp.dtype(model.logits_dtype))
-    hidden, k, v = jax.lax.fori_loop(0, given["tiles"], compute, (shard(empty, "batch time model"), state.k, state.v))
+    hidden, pools = jax.lax.fori_loop(0, given["tiles"], compute, (shard(empty, "batch time model"), state.pools))
 
-    state = dataclasses.replace(state, k=k, v=v)
+    state = dataclasses.replace(state, pools=pools)
     at = jnp.take_along_axis(position, given["sample"], axis=1) + 1
     layout = result_layout(sizes, 1, given["sample"].shape[1], blueprint.vocab)
     places = min(sizes.tile, given["sample"].shape[1])
@@ -212,13 +207,12 @@ def decode(
 
     def once(number: Array, carry: tuple[Any, Array, Array, Any]) -> tuple[Any, Array, Array, Any]:
         state, token, position, results = carry
-        k, v = state.k, state.v
-        pieces: list[Array] = []
+        pools, pieces = state.pools, list[Array]()
         for first in range(0, token.shape[1], sizes.tile):
             here = [x[:, first : first + sizes.tile] for x in (token, row, position)]
-            hidden, memory = _forward(model, variables, k, v, table, given["longest"], *here)
-            k, v, pieces = memory.k, memory.v, [*pieces, hidden]
-        state = dataclasses.replace(state, k=k, v=v)
+            hidden, pools = _forward(model, variables, pools, table, given["longest"], *here)
+            pieces.append(hidden)
+        state = dataclasses.replace(state, pools=pools)
         drawn = _draw(model, sizes, state, jnp.concatenate(pieces, axis=1), rows, position + 1)
         state = _noted(state, jnp.where(position < 0, sizes.slots, slot), drawn.token)
         new = _result(drawn)
@@ -248,18 +242,17 @@ def admit(
 def _forward(
     model: Any,
     variables: Variables,
-    k: tuple[Pool, ...],
-    v: tuple[Pool, ...],
+    pools: tuple[Pool, ...],
     table: Int[Array, "b r pages"],
     longest: Int[Array, ""],
     token: Int[Array, "b t"],
     row: Int[Array, "b t"],
     position: Int[Array, "b t"],
-) -> tuple[Float[Array, "b t m"], Paged]:
-    memory = Paged(k, v, table, row, position, longest)
+) -> tuple[Float[Array, "b t m"], tuple[Pool, ...]]:
+    memory = Paged(pools, table, row, position, longest)
     place, valid = jnp.maximum(position, 0), position >= 0
     hidden, memory, _ = model.hidden(token, place, valid, memory, None, variables.router)
-    return hidden, memory
+    return hidden, memory.pools
 
 
 def _draw(

@@ -223,16 +223,21 @@ def agreeing_programs(
 
 
 def probe(call: Call, variables: Variables, state: DeviceState) -> tuple[DeviceState, bytes]:
-    """What a program makes of a sequence that is the same for all: the bits of the best scores after each token."""
+    """What a program makes of a sequence that is the same for all: the bits of the best scores after each token.
+
+    It is computed alone and as all the rows there are, in turn: experts choose their programs by who comes
+    (:mod:`gshardx.layers.merged_experts`).
+    """
     found = []
     nobody, vocab = state.last.shape[1] - 1, state.bias.shape[2]
     for position in range(PROBES):
         buffer, given = call.blank()
-        given["position"][:, 0] = position
-        given["token"][:, 0] = (17 * position + 5) % vocab
+        rows = 1 if position % 2 else given["position"].shape[1]
+        given["position"][:, :rows] = position
+        given["token"][:, :rows] = (17 * position + 5) % vocab
         given["slot"][:] = nobody
         given["alternatives"][:] = TOP
-        given["table"][:, 0] = np.arange(1, 1 + given["table"].shape[2])
+        given["table"][:] = np.arange(1, 1 + given["table"].shape[2])
         given["longest"][...] = 1 + position // call.page_size
         for name, value in (("tiles", 1), ("sample_tiles", 1), ("sample_slot", nobody), ("steps", 1), ("limit", 1)):
             if name in given:

@@ -83,7 +83,7 @@ def draw(
     finite = jnp.isfinite(scores).all(-1)
     greedy = how.temperature == 0
     drawn = jax.lax.cond((~greedy).any(), _noisy, lambda scores, how, position: scores, scores, how, position)
-    token = jnp.argmax(jnp.where(greedy[:, None], scores, drawn), axis=-1).astype(jnp.int32)
+    token = _best(jnp.where(greedy[:, None], scores, drawn))
     total = jax.nn.logsumexp(logits, axis=-1)
     logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - total
     top = min(TOP, logits.shape[-1])
@@ -97,6 +97,14 @@ def draw(
 
     values, best = jax.lax.cond((how.alternatives > 0).any(), best_of, nothing, logits)
     return Drawn(token, logprob, best, values - total[:, None], finite)
+
+
+def _best(scores: Float[Array, "s v"]) -> Int[Array, "s"]:
+    """The first of the highest. In two passes that are vectorised; XLA's CPU compiler makes a slow loop of an argmax,
+    a twentieth of decoding 32 rows of 4,096 scores (jax 0.10)."""
+    v = scores.shape[-1]
+    at = jnp.where(scores == scores.max(-1, keepdims=True), jnp.arange(v, dtype=jnp.int32), v)
+    return jnp.minimum(at.min(-1), v - 1)  # a row of NaN has no highest
 
 
 def _changed(logits: Float[Array, "s v"], how: Draw, context: Context) -> Float[Array, "s v"]:

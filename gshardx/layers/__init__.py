@@ -6,6 +6,7 @@ from gshardx.layers.dense import Dense
 from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Ragged, choose_dispatcher
 from gshardx.layers.embed import Embedding, Unembedding
 from gshardx.layers.experts import Experts, FeedForward
+from gshardx.layers.kernel_pages import KernelPages, has_kernel, kernel_attention
 from gshardx.layers.memory import KVCache, Memory, Packed
 from gshardx.layers.merged_experts import MergedExperts, merged
 from gshardx.layers.moe import MoE, MoEMetrics
@@ -29,8 +30,9 @@ from gshardx.layers.shared import GatedShared, Residual, Shared
 
 __all__ = [
     "Attention", "Auto", "Block", "Capacity", "Dense", "Dispatcher", "Einsum", "Embedding", "Experts", "FeedForward",
-    "FullPages", "GShardRouter", "GatedShared", "Gather", "Int8Pages", "KVCache", "Layers", "Losses", "Memory",
-    "MergedExperts", "MoE", "MoEMetrics", "Packed", "Paged", "Pool", "RMSNorm", "Ragged", "Residual", "Router",
-    "RouterState", "RouterStats", "Routing", "Shared", "SigmoidBiasRouter", "Stack", "SwitchRouter", "TopKRouter",
-    "Unembedding", "Unit", "abstract_pool", "choose_dispatcher", "merged", "paged_attention", "param_shardings",
+    "FullPages", "GShardRouter", "GatedShared", "Gather", "Int8Pages", "KVCache", "KernelPages", "Layers", "Losses",
+    "Memory", "MergedExperts", "MoE", "MoEMetrics", "Packed", "Paged", "Pool", "RMSNorm", "Ragged", "Residual",
+    "Router", "RouterState", "RouterStats", "Routing", "Shared", "SigmoidBiasRouter", "Stack", "SwitchRouter",
+    "TopKRouter", "Unembedding", "Unit", "abstract_pool", "choose_dispatcher", "has_kernel", "kernel_attention",
+    "merged", "paged_attention", "param_shardings",
 ]  # fmt: skip

@@ -4,14 +4,16 @@ What a token gets depends on its own row alone: each of its experts' results is 
 whether the experts are computed one by one or together.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.layers.dense import Shown
 from gshardx.layers.dispatch.contract import Slots
@@ -57,6 +59,9 @@ class _Tokens(NamedTuple):
     scales: Float[Array, "n k"] | None
     """On inputs."""
 
+
+SMALLEST = 8
+"""Rows that :func:`_all` gives each expert at least: fewer are no faster, as the weights must be read (2 CPU cores)."""
 
 SLICED: Rules = {**RULES, "expert": (), "hidden": ("expert", "tensor")}
 _AXES = ("expert model choice hidden", "expert choice hidden", "expert hidden model", "expert model")
@@ -182,23 +187,37 @@ def _those_chosen(activation: Activation, tokens: _Tokens, weights: Weights) -> 
 
 
 def _all(activation: Activation, tokens: _Tokens, weights: Weights) -> Float[Array, "n m"]:
-    """All at once, each with all tokens."""
+    """All experts at once, each with as many rows as the busiest has; few sizes, and all rows' if need be."""
+    (n, k), e = tokens.own.shape, weights.experts
+    chosen = _by_expert(tokens.gates, tokens.own, e) != 0
+    usual = max(SMALLEST, 1 << math.ceil(math.log2(2 * n * k / e)))  # twice the mean
+    if usual >= n:
+        return _grouped(n, activation, tokens, chosen, weights)
+    sizes = [partial(_grouped, size, activation) for size in (usual, n)]
+    return jax.lax.cond(chosen.sum(0).max() <= usual, *sizes, tokens, chosen, weights)
+
+
+def _grouped(
+    size: int, activation: Activation, tokens: _Tokens, chosen: Bool[Array, "n e"], weights: Weights
+) -> Float[Array, "n m"]:
+    """Each expert with its first ``size`` rows."""
     rows, own, gates, scales = tokens
-    e, (n, m) = weights.experts, rows.shape
-    # Broadcast first: XLA's CPU compiler would transpose the weights for a product without a batch axis on the left.
-    x = jnp.broadcast_to(rows, (e, n, m))
+    e = weights.experts
+    at = jnp.argsort(~chosen, axis=0, stable=True)[:size].T
+    x = rows[at]
     if scales is not None:
-        x = (x * _by_expert(scales, own, e).T[..., None]).astype(rows.dtype)
+        x = (x * _by_expert(scales, own, e).T[jnp.arange(e)[:, None], at, None]).astype(rows.dtype)
     out = _computed(activation, x, weights.as_dtype(rows.dtype), biased=False)
+    place = jnp.cumsum(chosen, axis=0) - 1
     order = jnp.argsort(own, axis=-1)
-    experts, gates = (jnp.take_along_axis(part, order, axis=-1) for part in (own, gates))
+    experts, gates = (jnp.take_along_axis(part, order, axis=-1) for part in (jnp.clip(own, 0, e - 1), gates))
+    place = jnp.take_along_axis(place, experts, axis=-1)
 
     def add(rank: Array, total: Float[Array, "n m"]) -> Float[Array, "n m"]:
-        chosen = out[jnp.clip(experts[:, rank], 0, e - 1), jnp.arange(n)]
-        return total + _weighted(chosen, gates[:, rank])
+        return total + _weighted(out[experts[:, rank], place[:, rank]], gates[:, rank])
 
     # A loop, as above: unrolled, XLA's CPU compiler rounds these sums otherwise (fused multiply-adds).
-    return jax.lax.fori_loop(0, own.shape[-1], add, jnp.zeros((n, m), jnp.float32))
+    return jax.lax.fori_loop(0, own.shape[-1], add, jnp.zeros(rows.shape, jnp.float32))
 
 
 def _weighted(out: Float[Array, "n m"], gate: Float[Array, "n"]) -> Float[Array, "n m"]:

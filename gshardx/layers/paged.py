@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gshardx.layers.kernel_pages import KernelPages, kernel_attention
 from gshardx.layers.pools import Pool
 from gshardx.sharding import manual
 
@@ -26,73 +27,56 @@ P = TypeVar("P", bound=Pool)
 class Paged:
     """Keys and values of every layer in pages of l tokens, and where the tokens of this call stand.
 
-    k, v: a pool a layer, with a leading axis b: the mesh's batch shards, each with p pages of its own.
+    pools: one a layer, with a leading axis b: the mesh's batch shards, each with p pages of its own.
     tables: pages of each sequence, in order, 0 where it has none. sequence: of each token, an index into ``tables``.
     positions: of each token in its sequence; -1 for padding, which is stored on page 0, where nobody looks.
     longest: pages of the longest sequence.
     """
 
-    k: tuple[Pool, ...]
-    v: tuple[Pool, ...]
+    pools: tuple[Pool, ...]
     tables: Int[Array, "b r pages"]
     sequence: Int[Array, "b t"]
     positions: Int[Array, "b t"]
     longest: Int[Array, ""]
 
-    AXES = "batch slot kv_heads time head_dim"
-
     def attend(
         self, layer: int, q: Float[Array, "b t n d"], k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
     ) -> "tuple[Float[Array, 'b t n d'], Paged]":
         """Store ``k`` and ``v``, then answer each query from its sequence up to its own position."""
-
-        on_one = jax.vmap(_store_and_attend, in_axes=(0,) * 8 + (None,))
-
+        pool = self.pools[layer]
         by_head, by_kv_head = "batch time heads head_dim", "batch time kv_heads head_dim"
-        names = (
-            by_head,
-            by_kv_head,
-            by_kv_head,
-            self.AXES,
-            self.AXES,
-            "batch time slot",
-            "batch time",
-            "batch time",
-            "",
+        names = (by_head, by_kv_head, by_kv_head, pool.AXES, "batch time slot", "batch time", "batch time", "")
+        on_each = manual(
+            jax.vmap(_store_and_attend, in_axes=(0,) * 7 + (None,)), names, (by_head, pool.AXES), check_vma=False
         )
-        on_each = manual(on_one, names, (by_head, self.AXES, self.AXES), check_vma=False)
-        arguments = (q, k, v, self.k[layer], self.v[layer], self.tables, self.sequence, self.positions, self.longest)
-        out, new_k, new_v = on_each(*arguments)
-        return out, dataclasses.replace(self, k=_with(self.k, layer, new_k), v=_with(self.v, layer, new_v))
-
-
-def _with(pools: tuple[Pool, ...], layer: int, pool: Pool) -> tuple[Pool, ...]:
-    return (*pools[:layer], pool, *pools[layer + 1 :])
+        out, new = on_each(q, k, v, pool, self.tables, self.sequence, self.positions, self.longest)
+        pools = (*self.pools[:layer], new, *self.pools[layer + 1 :])
+        return out, dataclasses.replace(self, pools=pools)
 
 
 def _store_and_attend(
     q: Float[Array, "t n d"],
     k: Float[Array, "t q d"],
     v: Float[Array, "t q d"],
-    k_pool: P,
-    v_pool: P,
+    pool: P,
     tables: Int[Array, "r pages"],
     sequence: Int[Array, "t"],
     positions: Int[Array, "t"],
     longest: Int[Array, ""],
-) -> tuple[Array, P, P]:
-    table, size = tables[sequence], k_pool.shape[2]
+) -> tuple[Array, P]:
+    table, size = tables[sequence], pool.shape[2]
     place = jnp.maximum(positions, 0)
     own = jnp.take_along_axis(table, place[:, None] // size, axis=1)[:, 0]
     page = jnp.where(positions < 0, 0, own)
-    k_pool, v_pool = k_pool.put(page, place % size, k), v_pool.put(page, place % size, v)
-    return paged_attention(q, k_pool, v_pool, table, positions, longest), k_pool, v_pool
+    pool = pool.put(page, place % size, k, v)
+    if isinstance(pool, KernelPages):
+        return kernel_attention(q, pool, table, positions), pool
+    return paged_attention(q, pool, table, positions, longest), pool
 
 
 def paged_attention(
     q: Float[Array, "t n d"],
-    k_pool: Pool,
-    v_pool: Pool,
+    pool: Pool,
     table: Int[Array, "t pages"],
     positions: Int[Array, "t"],
     longest: Int[Array, ""],
@@ -104,7 +88,7 @@ def paged_attention(
 
     Args:
         q: n query heads share q heads of keys and values.
-        k_pool, v_pool: pages of l tokens, q heads.
+        pool: pages of l tokens, q heads.
         table: pages of each token's sequence.
         positions: of each token; -1: padding, whose result means nothing.
         longest: how many pages of ``table`` to read.
@@ -112,7 +96,7 @@ def paged_attention(
         sinks: a logit a head beside the scores, which takes weight and gives nothing (GPT-OSS).
     """
     t, n, d = q.shape
-    _, kv_heads, size, _ = k_pool.shape
+    _, kv_heads, size, _ = pool.shape
     grouped = (q.astype(jnp.float32) * d**-0.5).reshape(t, kv_heads, n // kv_heads, d)
     first = jnp.full(grouped.shape[:3], MASKED) if sinks is None else _every_token(sinks, grouped.shape[:3])
 
@@ -123,8 +107,8 @@ def paged_attention(
         seen = at <= positions[:, None]
         if window is not None:
             seen &= at > positions[:, None] - window
-        keys, values = k_pool.read(pages), v_pool.read(pages)
-        scores = jnp.einsum("tqgd,tqld->tqgl", grouped, keys)
+        keys, values = pool.read(pages)
+        scores = jnp.einsum("tqgd,tqdl->tqgl", grouped, keys)
         scores = jnp.where(seen[:, None, None], scores, MASKED)
         new_highest = jnp.maximum(highest, scores.max(-1))
         weights = jnp.where(seen[:, None, None], jnp.exp(scores - new_highest[..., None]), 0.0)

@@ -1,6 +1,7 @@
 """Every token before every expert, against slots; and one expert after another, against all at once."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -92,10 +93,16 @@ def test_plain_experts_say_what_dense_needs():
         experts(shown(2))
 
 
-def test_one_by_one_gives_the_bits_of_all_at_once():
-    experts, x = merged_experts()[1], shown(8)
+def test_however_many_are_shown_a_token_gets_the_same_bits():
+    """One expert after the other (3 tokens), all with all rows (8), with as many as the busiest has (32), and with all
+    rows again where one expert is everybody's."""
+    experts, x = merged_experts()[1], shown(32)
     compute = jax.jit(lambda x: experts(x))
-    np.testing.assert_array_equal(compute(first(x, 3)), compute(x)[:, :3])  # 6 choices of 8 experts; and 16
+    usual = compute(x)
+    np.testing.assert_array_equal(compute(first(x, 3)), usual[:, :3])
+    np.testing.assert_array_equal(compute(first(x, 8)), usual[:, :8])
+    busy = dataclasses.replace(x, experts=x.experts.at[:, 3:].set(x.experts[:, :1]))
+    np.testing.assert_array_equal(compute(busy)[:, :3], usual[:, :3])
 
 
 def test_few_tokens_read_no_expert_but_their_own():

@@ -48,11 +48,12 @@ store_and_attend = jax.jit(_store_and_attend)
 
 
 def full(dirt=0.0):
-    return FullPages(jnp.full((PAGES, KV, SIZE, D), dirt))
+    return FullPages(jnp.full((PAGES, KV, D, SIZE), dirt), jnp.full((PAGES, KV, SIZE, D), dirt))
 
 
 def int8(dirt=0.0):
-    return Int8Pages(jnp.full((PAGES, KV, SIZE, D), 77, jnp.int8), jnp.full((PAGES, KV, SIZE, 1), dirt))
+    keys, values = jnp.full((PAGES, KV, D, SIZE), 77, jnp.int8), jnp.full((PAGES, KV, SIZE, D), 77, jnp.int8)
+    return Int8Pages(keys, jnp.full((PAGES, KV, 1, SIZE), dirt), values, jnp.full((PAGES, KV, SIZE, 1), dirt))
 
 
 def in_int8(x):
@@ -63,7 +64,6 @@ def in_int8(x):
 
 def fed(sequences, table, chunks, pool=full(), width=8):  # noqa: B008 (arrays are immutable)
     """The results of all tokens, fed ``chunks[i]`` tokens of each sequence a call, side by side."""
-    k_pool = v_pool = pool
     done, found = [0] * len(sequences), [[] for _ in sequences]
     while any(at < len(q) for at, (q, *_) in zip(done, sequences, strict=True)):
         places = [
@@ -80,7 +80,7 @@ def fed(sequences, table, chunks, pool=full(), width=8):  # noqa: B008 (arrays a
             for part in range(3)
         ]  # fmt: skip
         longest = jnp.int32(positions.max() // SIZE + 1)
-        out, k_pool, v_pool = store_and_attend(*inputs, k_pool, v_pool, table, sequence, positions, longest)
+        out, pool = store_and_attend(*inputs, pool, table, sequence, positions, longest)
         for row, (number, at) in enumerate(places):
             found[number].append(np.asarray(out[row]))
             done[number] = at + 1
@@ -101,10 +101,10 @@ def test_every_token_sees_its_own_sequence_up_to_itself(sequences, draw, pool, k
 def test_eight_bits_are_off_by_half_a_step_at_most(draw):
     x = draw.normal(size=(1, KV, D)).astype(np.float32) * 10
     x[0, 0] = 0
-    pool = int8().put(jnp.asarray([3]), jnp.asarray([1]), jnp.asarray(x))
-    back = np.asarray(pool.read(jnp.asarray([3])))[0, :, 1]
-    assert (back[0] == 0).all()
-    assert np.abs(back - x[0])[1].max() <= np.abs(x[0, 1]).max() / 127 / 2 * (1 + 1e-5)
+    keys, values = int8().put(jnp.asarray([3]), jnp.asarray([1]), jnp.asarray(x), jnp.asarray(x)).read(jnp.asarray([3]))
+    for back in (np.asarray(keys)[0, :, :, 1], np.asarray(values)[0, :, 1]):
+        assert (back[0] == 0).all()
+        assert np.abs(back - x[0])[1].max() <= np.abs(x[0, 1]).max() / 127 / 2 * (1 + 1e-5)
 
 
 @POOLS
@@ -128,17 +128,13 @@ def test_windows_and_sinks(draw, window, with_sinks):
     length = 17
     k, v = (draw.normal(size=(length, KV, D)).astype(np.float32) for _ in range(2))
     table = np.asarray([4, 2, 9, 1, 7], np.int32)
-    pools = []
-    for x in (k, v):
-        pool = np.zeros((PAGES, KV, SIZE, D), np.float32)
-        for at in range(length):
-            pool[table[at // SIZE], :, at % SIZE] = x[at]
-        pools.append(pool)
+    at = np.arange(length)
+    pool = full().put(jnp.asarray(table[at // SIZE]), jnp.asarray(at % SIZE), jnp.asarray(k), jnp.asarray(v))
     positions = np.asarray([0, 2, 5, 16], np.int32)
     q = draw.normal(size=(4, N, D)).astype(np.float32)
     out = paged_attention(
-        jnp.asarray(q), *(FullPages(jnp.asarray(x)) for x in pools), jnp.asarray(np.tile(table, (4, 1))),
-        jnp.asarray(positions), jnp.int32(5), window=window, sinks=None if sinks is None else jnp.asarray(sinks),
+        jnp.asarray(q), pool, jnp.asarray(np.tile(table, (4, 1))), jnp.asarray(positions), jnp.int32(5),
+        window=window, sinks=None if sinks is None else jnp.asarray(sinks),
     )  # fmt: skip
     for row, position in enumerate(positions):
         expected = attention(q[row], k, v, position, window, sinks)

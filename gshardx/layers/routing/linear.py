@@ -96,7 +96,9 @@ class LinearRouter(nnx.Module):
         capacity = self.capacity.slots(s, self.num_experts, self.top_k, training)
         wanted = jnp.broadcast_to(counted[..., None], experts.shape) if wanted is None else wanted
         slots, load = assign_slots(experts, wanted, self.num_experts, self._priority(gating))
-        keep = wanted & accepted & (slots < capacity)
+        keep = wanted & accepted
+        if capacity < s:  # else there is room for all; said here, slots that nobody asks for are not computed
+            keep &= slots < capacity
         sums = {name: loss.sums(judged or gating) for name, loss in self.losses}
         return Routing(
             experts=experts,
