@@ -1,12 +1,13 @@
 """Decoding on this machine's CPU, side by side: gshardx's engine, Hugging Face's generate and llama.cpp.
 
     python benchmarks/decode_cpu.py --hf_python PYTHON --llama_python PYTHON  # everything, in turns: a table and goals
-    python benchmarks/decode_cpu.py --json --batches 1 8 32        # gshardx alone, one JSON object
+    python benchmarks/decode_cpu.py --json --batches 1 8 32                   # gshardx alone, one JSON object
     python benchmarks/decode_cpu.py --json --weights int8
 
 The model "mixtral" of train_cpu.py. Greedy, random weights, fp32, 64 tokens of prompt and 128 after it, the time of the
 prompt left out. The roofline is the memory's: bytes that must be read for a token over the bandwidth that two threads
-reach here. llama.cpp has no goal: it stands beside as what hand-written kernels reach.
+reach here. llama.cpp has no goal: it stands beside as what hand-written kernels reach. The others' threads wait as
+OpenMP has them by default; OMP_WAIT_POLICY=ACTIVE makes them faster on a machine that nobody else uses, PASSIVE slower.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from shape import MIXTRAL
 from timing import Table, goal
 
 HERE = Path(__file__).resolve().parent
+Measured = dict[str, dict[int, list[dict[str, Any] | None]]]
+"""Of each peer, of each batch, what each round found."""
 TIMES, ROOFLINE, WARM_SECONDS = 3.0, 0.5, 5.0
 """Goals: times Hugging Face, share of the roofline, seconds until a first token, the model's making among them."""
 
@@ -44,10 +47,8 @@ class Peer:
         command = [self.python, "-c", f"import {self.imports}"]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             raise NotMeasured(self.mend)
-        # OpenMP's threads spin while they wait, and lose two thirds of their speed where others use the cores too.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         command = [self.python, str(HERE / self.script), "--batch", str(batch)]
-        found: dict[str, Any] = json.loads(last_line(command, environment)[0])
+        found: dict[str, Any] = json.loads(last_line(command)[0])
         return found
 
 
@@ -63,21 +64,23 @@ def main() -> int:
              "pip install llama-cpp-python gguf, there or in --llama_python PYTHON"),
     )  # fmt: skip
     ours: list[dict[str, Any]] = []
-    theirs: dict[str, dict[int, list[dict[str, Any]]]] = {one.name: {n: [] for n in args.batches} for one in peers}
+    theirs: Measured = {one.name: {n: [] for n in args.batches} for one in peers}
     reasons: set[str] = set()
     first_start = gshardx(args)["start_seconds"]  # the others find the programs that it keeps, as a user's do
     for number in range(args.rounds):
         ours.append(gshardx(args))
         for peer, batch in itertools.product(peers, args.batches):
             try:
-                theirs[peer.name][batch].append(peer.measure(batch))
+                found = peer.measure(batch)
             except NotMeasured as reason:
-                reasons.add(f"{peer.name} not measured: {reason}")
+                found = None
+                reasons.add(f"{peer.name}, batch {batch}, not measured: {reason}")
+            theirs[peer.name][batch].append(found)
         print(f"round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
     print("\n".join(table(ours, theirs, sorted(reasons), first_start).markdown()))
     for line in goals(ours, theirs["HF"]):
         print(f"- {line}")
-    print(f"\n{machine}")
+    print(f"\nOMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'default')}; {machine}")
     return 0
 
 
@@ -115,7 +118,7 @@ def gshardx(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(
     ours: list[dict[str, Any]],
-    theirs: dict[str, dict[int, list[dict[str, Any]]]],
+    theirs: "Measured",
     reasons: list[str],
     first_start: float,
 ) -> Table:
@@ -125,15 +128,15 @@ def table(
         speeds = [row["tokens_per_second"] for row in mine]
         row: dict[str, Any] = {"batch": int(key), "gshardx tokens/s": statistics.median(speeds)}
         for name, found in theirs.items():
-            peer = [one["tokens_per_second"] for one in found[int(key)]]
-            ratios = [a / b for a, b in zip(speeds, peer, strict=False)]
+            peer = [one["tokens_per_second"] for one in found[int(key)] if one]
+            ratios = ratios_of(speeds, found[int(key)])
             row[f"{name} tokens/s"] = statistics.median(peer) if peer else None
             row[f"x {name}"] = statistics.median(ratios) if ratios else None
             row[f"{name} range"] = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
         row["of the roofline"] = statistics.median(share(one) for one in mine)
         row["padded/true"] = statistics.median(one["padded_over_true"] for one in mine)
         rows.append(row)
-    measured = [one for found in theirs.values() for batch in found.values() for one in batch[-1:]]
+    measured = [one for found in theirs.values() for batch in found.values() for one in batch[-1:] if one]
     versions = dict.fromkeys(name for one in [last, *measured] for name in one["versions"])
     notes = [
         f"{last['programs']} programs; the engine's first start {first_start:.1f} s, its last "
@@ -146,12 +149,16 @@ def table(
     return Table("Decoding: 4 layers, width 256, 8 experts of 512, top 2, vocabulary 4,096, fp32", rows, notes)
 
 
-def goals(ours: list[dict[str, Any]], theirs: dict[int, list[dict[str, Any]]]) -> list[str]:
+def ratios_of(speeds: list[float], peer: list[dict[str, Any] | None]) -> list[float]:
+    return [speed / one["tokens_per_second"] for speed, one in zip(speeds, peer, strict=True) if one]
+
+
+def goals(ours: list[dict[str, Any]], theirs: dict[int, list[dict[str, Any] | None]]) -> list[str]:
     found = []
     for batch, peer in theirs.items():
         mine = [row["batches"][str(batch)] for row in ours]
-        if peer:
-            ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(mine, peer, strict=False)]
+        ratios = ratios_of([one["tokens_per_second"] for one in mine], peer)
+        if ratios:
             found.append(goal(f"batch {batch} beside Hugging Face", statistics.median(ratios), TIMES, at_least=True))
         shares = statistics.median(share(one) for one in mine)
         found.append(goal(f"batch {batch} of the memory roofline", shares, ROOFLINE, at_least=True, unit=""))

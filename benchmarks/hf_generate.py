@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 import time
 
 import torch
@@ -29,8 +30,8 @@ def tokens_per_second(batch: int, experts: str, tokens: int) -> float:
         return time.perf_counter() - start
 
     seconds(2)
-    first = min(seconds(1) for _ in range(2))
-    return batch * (tokens - 1) / (min(seconds(tokens) for _ in range(2)) - first)
+    pairs = [(seconds(1), seconds(tokens)) for _ in range(3)]
+    return statistics.median(batch * (tokens - 1) / (whole - first) for first, whole in pairs)
 
 
 def main() -> None:

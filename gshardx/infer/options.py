@@ -8,7 +8,7 @@ from gshardx.infer.engine import Engine
 from gshardx.infer.load import LoadedRun
 from gshardx.infer.quantize import WEIGHTS
 from gshardx.infer.request import SamplingParams
-from gshardx.infer.settings import DRAFTS, KV_DTYPES, EngineConfig
+from gshardx.infer.settings import ATTENTION, DRAFTS, KV_DTYPES, EngineConfig
 from gshardx.sharding import MeshConfig
 
 
@@ -25,6 +25,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     for name, values, said in (
         ("weights", WEIGHTS, "store large matrices so (default: as trained)"),
         ("kv_dtype", KV_DTYPES, "store keys and values so (default: the model's)"),
+        ("attention", ATTENTION, "read them by a loop that runs anywhere, or by JAX's kernels (default: xla)"),
         ("drafts", DRAFTS, "who guesses tokens ahead, where that is faster; changes no text (default: nobody)"),
     ):
         parser.add_argument(f"--{name}", choices=values, help=said)
@@ -80,6 +81,10 @@ def engine_of(arguments: argparse.Namespace, run: LoadedRun, sequences: int) -> 
     config = EngineConfig(
         slots=-(-min(arguments.batch_size, sequences) // shards),
         max_length=arguments.max_length or run.config.data.sequence_length + arguments.max_new_tokens,
-        **{name: getattr(arguments, name) for name in ("weights", "kv_dtype", "drafts")},
+        **{
+            name: value
+            for name in ("weights", "kv_dtype", "attention", "drafts")
+            if (value := getattr(arguments, name))
+        },
     )
     return Engine(run.blueprint, run.variables, run.mesh, run.tokenizer, config)

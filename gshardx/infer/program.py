@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gshardx.errors import BadInput
 from gshardx.infer.buffer import Layout
 from gshardx.infer.request import MAX_STOP_TOKENS
 from gshardx.infer.sampling import TOP, Context, Draw, Drawn, draw
-from gshardx.layers import Paged, Pool, abstract_pool
+from gshardx.layers import Paged, Pool, abstract_pool, has_kernel
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import abstract_array, shard
 
@@ -26,7 +27,7 @@ class Sizes(NamedTuple):
 
     shards: of the mesh's batch axes, b. slots: sequences at once on each. pages: of each, with page 0. page_size:
     tokens of a page. max_length: of a sequence. tile: rows of a matrix product. steps: tokens that a row draws in one
-    call of ``decode`` at most. kv_dtype: of keys and values; None: the model's.
+    call of ``decode`` at most. kv_dtype: of keys and values; None: the model's. attention: "xla" or "pallas".
     """
 
     shards: int
@@ -37,6 +38,7 @@ class Sizes(NamedTuple):
     tile: int
     steps: int
     kv_dtype: str | None = None
+    attention: str = "xla"
 
     @property
     def table(self) -> int:
@@ -60,7 +62,11 @@ class DeviceState:
 
 
 def abstract_state(blueprint: Blueprint, sizes: Sizes, mesh: Mesh) -> DeviceState:
-    """Shapes, dtypes and shardings."""
+    """Shapes, dtypes and shardings.
+
+    Raises:
+        BadInput: there is no kernel for such pages.
+    """
     config = blueprint.config
     pool = (sizes.shards, sizes.pages, config.kv_heads, sizes.page_size, config.head_dim)
     by_slot = (sizes.shards, sizes.slots + 1)
@@ -69,8 +75,14 @@ def abstract_state(blueprint: Blueprint, sizes: Sizes, mesh: Mesh) -> DeviceStat
         return abstract_array(shape, jnp.dtype(dtype), axes.split(), mesh, tensor="engine state")
 
     kv_dtype, platform = sizes.kv_dtype or config.dtype, mesh.devices.flat[0].platform
+    kernel = platform if sizes.attention == "pallas" else None
+    if kernel and not has_kernel(kernel, kv_dtype, sizes.page_size, config.head_dim):
+        raise BadInput(
+            f"attention = pallas: there is no kernel of a {platform} for {kv_dtype} pages of {sizes.page_size} tokens "
+            f"and heads of {config.head_dim}; use xla"
+        )
     return DeviceState(
-        pools=tuple(abstract_pool(kv_dtype, pool, platform, place) for _ in range(config.layers)),
+        pools=tuple(abstract_pool(kv_dtype, pool, kernel, place) for _ in range(config.layers)),
         last=place(by_slot, "int32", "batch slot"),
         history=place((*by_slot, blueprint.vocab), "int32", "batch slot model"),
         bias=place((*by_slot, blueprint.vocab), "float32", "batch slot model"),

@@ -51,9 +51,9 @@ class Call:
     """A compiled program with the layouts of what it is given and what it returns."""
 
     def __init__(
-        self, program: CompiledStep[..., Any], given: Layout, result: Layout, page_size: int, mesh: Mesh
+        self, program: CompiledStep[..., Any], given: Layout, result: Layout, sizes: Sizes, mesh: Mesh
     ) -> None:
-        self.program, self.given, self.result, self.page_size = program, given, result, page_size
+        self.program, self.given, self.result, self.sizes = program, given, result, sizes
         self._place = everywhere(mesh)
 
     def blank(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -126,7 +126,7 @@ class Programs:
                     options=OPTIONS.get(mesh.devices.flat[0].platform),
                 ),
             )
-            return Call(program, given, result, sizes.page_size, mesh)
+            return Call(program, given, result, sizes, mesh)
 
         def of_tokens(count: int) -> Call:
             places = min(count, samples)
@@ -225,24 +225,31 @@ def agreeing_programs(
 def probe(call: Call, variables: Variables, state: DeviceState) -> tuple[DeviceState, bytes]:
     """What a program makes of a sequence that is the same for all: the bits of the best scores after each token.
 
-    It is computed alone and as all the rows there are, in turn: experts choose their programs by who comes
-    (:mod:`gshardx.layers.merged_experts`).
+    It is computed alone, and last among others whose pages nobody keeps, in turn: experts take few rows otherwise than
+    many (:mod:`gshardx.layers.merged_experts`), and a kernel may treat its last rows otherwise than its first.
     """
     found = []
     nobody, vocab = state.last.shape[1] - 1, state.bias.shape[2]
     for position in range(PROBES):
         buffer, given = call.blank()
-        rows = 1 if position % 2 else given["position"].shape[1]
-        given["position"][:, :rows] = position
-        given["token"][:, :rows] = (17 * position + 5) % vocab
+        last, rows = given["position"].shape[1] - 1, given["table"].shape[1]
+        at, row = (0, 0) if position % 2 else (last, rows - 1)
+        first = 0 if rows > 1 else at  # of a single row there are no others
+        given["position"][:, first : at + 1] = position
+        given["token"][:, first : at + 1] = (17 * position + 5 + 3 * (at - np.arange(first, at + 1))) % vocab
         given["slot"][:] = nobody
         given["alternatives"][:] = TOP
-        given["table"][:] = np.arange(1, 1 + given["table"].shape[2])
-        given["longest"][...] = 1 + position // call.page_size
-        for name, value in (("tiles", 1), ("sample_tiles", 1), ("sample_slot", nobody), ("steps", 1), ("limit", 1)):
+        given["table"][:, row] = np.arange(1, 1 + given["table"].shape[2])
+        given["longest"][...] = 1 + position // call.sizes.page_size
+        for name, value in (("sample_slot", nobody), ("steps", 1), ("limit", 1), ("sample_tiles", 1)):
             if name in given:
                 given[name][...] = value
+        place = at
+        if "sample" in given:
+            place = 0
+            given["sample"][:, 0], given["sample_row"][:, 0], given["row"][:, at] = at, row, row
+            given["tiles"][...] = -(-(at + 1) // min(call.sizes.tile, last + 1))
         state, result = call(variables, state, buffer)
         numbers = call.result.views(fetch(result))
-        found += [numbers[name][0, :, 0].tobytes() for name in ("logprob", "best_logprob")]
+        found += [numbers[name][0, :, place].tobytes() for name in ("logprob", "best_logprob")]
     return state, b"".join(found)

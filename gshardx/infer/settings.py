@@ -13,6 +13,7 @@ from gshardx.infer.quantize import WEIGHTS
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
 DRAFTS = ("prompt_lookup", "fewer_experts")
+ATTENTION = ("xla", "pallas")
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -46,6 +47,9 @@ class EngineConfig:
     """To compile at most, those of a drafter left out: more fit calls better, and take longer to start."""
     kv_dtype: str | None = None
     """Of keys and values; one of KV_DTYPES; default: the model's. int8 has a scale for each head of a token."""
+    attention: str = "xla"
+    """Who reads the pages, one of ATTENTION: a loop over them that runs anywhere, or JAX's own kernels for TPUs and
+    GPUs, for bfloat16 (:mod:`gshardx.layers.kernel_pages`)."""
     weights: str | None = None
     """Of attention, feed-forward networks and experts, one of WEIGHTS (:mod:`gshardx.infer.quantize`); default: as
     trained."""
@@ -65,6 +69,7 @@ class EngineConfig:
                 raise BadInput(f"{field.name} = {value}: must be 1 or more")
         for name, values in (
             ("kv_dtype", KV_DTYPES),
+            ("attention", ATTENTION),
             ("drafts", DRAFTS),
             ("weights", WEIGHTS),
             ("exchange", EXCHANGES),
@@ -85,6 +90,7 @@ class EngineConfig:
             self.tile,
             self.steps,
             self.kv_dtype,
+            self.attention,
         )
 
     def samples(self) -> int:

@@ -1,4 +1,4 @@
-"""Every token before every expert, weighted by 0 where it was not chosen: no tokens are moved, none can be dropped."""
+"""Tokens shown to all experts, which take those that chose them: no slots, so none can be dropped."""
 
 import dataclasses
 

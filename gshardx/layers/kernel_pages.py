@@ -1,8 +1,9 @@
 """Paged attention by the accelerators' own kernels, and pages as these want them.
 
 JAX has a Pallas kernel for TPUs and one for GPUs with the same arguments: for each query the pages of its sequence and
-how many tokens of them to see. A token of a prompt is a query like any other, one position shorter than the next. They
-loop over a query's own pages alone, as :func:`gshardx.layers.paged.paged_attention` does, which is their twin.
+how many tokens of them to see. A token of a prompt is a query like any other, one position shorter than the next.
+:func:`gshardx.layers.paged.paged_attention` is their twin. Compiled for v5e, v6e and H100 and interpreted in tests; not
+run on a chip yet, so an engine uses them only where it is told to.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ class KernelPages:
     """In the dtype of the arrays, head after head; what is not finite is stored as 0.
 
     The kernels weigh tokens after a query's own by 0, and 0 times NaN is NaN: a sequence whose numbers went bad would
-    spoil the one that has its pages next.
+    spoil the one that has its pages next. The price is that a prompt whose numbers go bad before its last token goes on
+    unnoticed.
     """
 
     k: Float[Array, "q p l d"]
@@ -50,12 +52,12 @@ class KernelPages:
 def _stored(
     pages: Float[Array, "q p l d"], page: Int[Array, "t"], place: Int[Array, "t"], new: Float[Array, "t q d"]
 ) -> Float[Array, "q p l d"]:
-    finite = jnp.where(jnp.isfinite(new), new, 0).astype(pages.dtype)
-    return pages.at[:, page, place].set(finite.swapaxes(0, 1))
+    new = new.astype(pages.dtype)
+    return pages.at[:, page, place].set(jnp.where(jnp.isfinite(new), new, 0).swapaxes(0, 1))
 
 
 def has_kernel(platform: str, dtype: str, page_size: int, head_dim: int) -> bool:
-    """Whether a platform's kernel takes such pages; tried with both compilers (tests/layers/test_kernel_pages.py)."""
+    """Whether a platform has a kernel for such pages; how large they may be its compiler knows."""
     if dtype != "bfloat16":  # of float32 both kernels multiply fewer bits than the twin
         return False
     if platform == "tpu":
@@ -74,14 +76,14 @@ def kernel_attention(
     """As :func:`gshardx.layers.paged.paged_attention`, without windows and sinks, on a platform with such a kernel.
 
     Args:
-        q: n query heads share the pool's heads.
+        q: n query heads share the pool's heads; of the pool's dtype.
         pool: pages.
         table: pages of each token's sequence.
         positions: of each token; -1: padding, whose result means nothing.
         interpret: compute it with JAX's interpreter, on any platform.
     """
     lengths = jnp.maximum(positions, 0).astype(jnp.int32) + 1
-    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(pool.k.dtype)
+    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     together = math.gcd(table.shape[1], 8 if pool.platform == "tpu" else 2)  # pages at a time
     if pool.platform == "tpu":
         from jax.experimental.pallas import tpu as pltpu
@@ -94,4 +96,5 @@ def kernel_attention(
 
         options = {"pages_per_compute_block": together, "k_splits": 1, "interpret": interpret}
         out = on_gpu(scaled, pool.k, pool.v, table, lengths, **options)
-    return out.astype(q.dtype)
+    found: Array = out
+    return found

@@ -6,7 +6,6 @@ whether the experts are computed one by one or together.
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -135,8 +134,12 @@ def shown_to_all(activation: Activation, x: Shown, weights: Weights, *, sliced: 
             first = 0 if sliced else jax.lax.axis_index("expert") * weights.experts
         own = tokens.own - first
         gates = jnp.where((own >= 0) & (own < weights.experts), tokens.gates, 0.0)
-        compute = _those_chosen if own.size < weights.experts else _all
-        total = compute(activation, tokens._replace(own=own, gates=gates), weights)
+        tokens = tokens._replace(own=own, gates=gates)
+        shared_by = weights.experts if sliced else weights.experts * devices  # experts that the choices are among
+        if own.size < shared_by:
+            total = _those_chosen(activation, tokens, weights)
+        else:
+            total = _all(activation, tokens, weights, mean=own.size / shared_by)
         total = jax.lax.psum(total, "tensor") if slices > 1 else total
         if weights.b_out is not None:
             exact = jax.lax.Precision.HIGHEST
@@ -186,32 +189,51 @@ def _those_chosen(activation: Activation, tokens: _Tokens, weights: Weights) -> 
     return jax.lax.fori_loop(0, wanted.sum(), add, jnp.zeros(rows.shape, jnp.float32))
 
 
-def _all(activation: Activation, tokens: _Tokens, weights: Weights) -> Float[Array, "n m"]:
-    """All experts at once, each with as many rows as the busiest has; few sizes, and all rows' if need be."""
-    (n, k), e = tokens.own.shape, weights.experts
-    chosen = _by_expert(tokens.gates, tokens.own, e) != 0
-    usual = max(SMALLEST, 1 << math.ceil(math.log2(2 * n * k / e)))  # twice the mean
-    if usual >= n:
-        return _grouped(n, activation, tokens, chosen, weights)
-    sizes = [partial(_grouped, size, activation) for size in (usual, n)]
-    return jax.lax.cond(chosen.sum(0).max() <= usual, *sizes, tokens, chosen, weights)
+def _all(activation: Activation, tokens: _Tokens, weights: Weights, mean: float) -> Float[Array, "n m"]:
+    """All experts at once: each for twice the mean of rows, or for all rows where one is wanted by more."""
+    usual = max(SMALLEST, 1 << math.ceil(math.log2(2 * mean)))
+    if usual >= len(tokens.rows):
+        return _with_all_rows(activation, tokens, weights)
+    chosen = _by_expert(tokens.gates, tokens.own, weights.experts) != 0
+    return jax.lax.cond(
+        chosen.sum(0).max() <= usual,
+        lambda: _with_its_rows(activation, tokens, weights, chosen, usual),
+        lambda: _with_all_rows(activation, tokens, weights),
+    )
 
 
-def _grouped(
-    size: int, activation: Activation, tokens: _Tokens, chosen: Bool[Array, "n e"], weights: Weights
+def _with_all_rows(activation: Activation, tokens: _Tokens, weights: Weights) -> Float[Array, "n m"]:
+    rows, own, _, scales = tokens
+    e, (n, m) = weights.experts, rows.shape
+    # Broadcast first: XLA's CPU compiler would transpose the weights for a product without a batch axis on the left.
+    x = jnp.broadcast_to(rows, (e, n, m))
+    if scales is not None:
+        x = (x * _by_expert(scales, own, e).T[..., None]).astype(rows.dtype)
+    return _summed(activation, x, jnp.broadcast_to(jnp.arange(n)[:, None], (n, e)), tokens, weights)
+
+
+def _with_its_rows(
+    activation: Activation, tokens: _Tokens, weights: Weights, chosen: Bool[Array, "n e"], size: int
 ) -> Float[Array, "n m"]:
-    """Each expert with its first ``size`` rows."""
-    rows, own, gates, scales = tokens
+    """Each expert for ``size`` rows, those that chose it before others; none was chosen by more."""
+    rows, own, _, scales = tokens
     e = weights.experts
     at = jnp.argsort(~chosen, axis=0, stable=True)[:size].T
     x = rows[at]
     if scales is not None:
         x = (x * _by_expert(scales, own, e).T[jnp.arange(e)[:, None], at, None]).astype(rows.dtype)
+    return _summed(activation, x, jnp.cumsum(chosen, axis=0) - 1, tokens, weights)
+
+
+def _summed(
+    activation: Activation, x: Float[Array, "e c m"], place: Int[Array, "n e"], tokens: _Tokens, weights: Weights
+) -> Float[Array, "n m"]:
+    """What the experts make of ``x``, added up for each token, which stands at ``place`` of each that it chose."""
+    rows, own, gates, _ = tokens
     out = _computed(activation, x, weights.as_dtype(rows.dtype), biased=False)
-    place = jnp.cumsum(chosen, axis=0) - 1
     order = jnp.argsort(own, axis=-1)
-    experts, gates = (jnp.take_along_axis(part, order, axis=-1) for part in (jnp.clip(own, 0, e - 1), gates))
-    place = jnp.take_along_axis(place, experts, axis=-1)
+    experts = jnp.take_along_axis(jnp.clip(own, 0, weights.experts - 1), order, axis=-1)
+    gates, place = jnp.take_along_axis(gates, order, axis=-1), jnp.take_along_axis(place, experts, axis=-1)
 
     def add(rank: Array, total: Float[Array, "n m"]) -> Float[Array, "n m"]:
         return total + _weighted(out[experts[:, rank], place[:, rank]], gates[:, rank])

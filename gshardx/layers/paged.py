@@ -69,7 +69,7 @@ def _store_and_attend(
     own = jnp.take_along_axis(table, place[:, None] // size, axis=1)[:, 0]
     page = jnp.where(positions < 0, 0, own)
     pool = pool.put(page, place % size, k, v)
-    if isinstance(pool, KernelPages):
+    if isinstance(pool, KernelPages) and q.dtype == pool.k.dtype:
         return kernel_attention(q, pool, table, positions), pool
     return paged_attention(q, pool, table, positions, longest), pool
 

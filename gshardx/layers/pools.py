@@ -1,8 +1,8 @@
 """A layer's keys and values in pages, in full or in 8 bits: how tokens are stored, and pages read back in fp32.
 
-p pages, q heads, l tokens of a page, d the head's width; a last axis of 1 holds what a whole head shares. Keys lie
-``[p, q, d, l]``, so that scores are a product of matrices as they lie in memory: XLA's CPU compiler takes twice the
-time where it must turn them (jax 0.10, 32 queries).
+p pages, q heads, l tokens of a page, d the head's width; an axis of 1 in place of d holds what a whole head shares.
+Keys lie ``[p, q, d, l]``, so that scores are a product of matrices as they lie in memory: XLA's CPU compiler takes
+twice the time where it must turn them (jax 0.10, 32 queries).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
-from gshardx.layers.kernel_pages import KernelPages, has_kernel
+from gshardx.layers.kernel_pages import KernelPages
 
 
 class Pool(Protocol):
@@ -103,16 +103,16 @@ def _in_8_bits(x: Float[Array, "t q d"]) -> tuple[Int8[Array, "t q d"], Float[Ar
 
 
 def abstract_pool(
-    dtype: str, shape: tuple[int, ...], platform: str, place: Callable[[tuple[int, ...], str, str], jax.Array]
+    dtype: str, shape: tuple[int, ...], kernel: str | None, place: Callable[[tuple[int, ...], str, str], jax.Array]
 ) -> Pool:
     """A pool of shape ``[..., p, q, l, d]``, its arrays as ``place`` makes them of shape, dtype and axes.
 
-    Full pages are those of the platform's kernel, where it has one for them.
+    Full pages are those of a platform's kernel, if it is named.
     """
     *front, pages, heads, size, width = shape
-    if has_kernel(platform, dtype, size, width):
+    if kernel is not None:
         array = place((*front, heads, pages, size, width), dtype, KernelPages.AXES)
-        return KernelPages(array, array, platform)
+        return KernelPages(array, array, kernel)
     turned, axes = (*front, pages, heads, width, size), FullPages.AXES
     if dtype == "int8":
         k_scales = place((*front, pages, heads, 1, size), "float32", axes)

@@ -61,3 +61,8 @@ def test_where_the_largest_differ_the_tile_is_halved(model, monkeypatch):
 def test_sizes_that_cant_be_are_named(name):
     with pytest.raises(BadInput, match=f"{name} = 0: must be"):
         dataclasses.replace(EngineConfig(), **{name: 0})
+
+
+def test_a_kernel_that_is_not_there_is_named(model):
+    with pytest.raises(BadInput, match="no kernel of a cpu for float32 pages of 4 tokens and heads of 4; use xla"):
+        model.engine(dataclasses.replace(SMALL, attention="pallas"))

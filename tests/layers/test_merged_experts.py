@@ -1,4 +1,4 @@
-"""Every token before every expert, against slots; and one expert after another, against all at once."""
+"""Tokens shown to experts, against slots; and one expert after another, against all at once."""
 
 import contextlib
 import dataclasses
@@ -93,16 +93,23 @@ def test_plain_experts_say_what_dense_needs():
         experts(shown(2))
 
 
-def test_however_many_are_shown_a_token_gets_the_same_bits():
-    """One expert after the other (3 tokens), all with all rows (8), with as many as the busiest has (32), and with all
-    rows again where one expert is everybody's."""
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "inputs weighed"])
+def test_however_many_are_shown_a_token_gets_the_same_bits(scaled):
+    """One expert after the other (3 tokens), all with all rows (8), with 16 (32), with all again where one is
+    everybody's; beside a token that is NaN."""
     experts, x = merged_experts()[1], shown(32)
+    if scaled:
+        x = dataclasses.replace(x, input_weights=x.weights[..., ::-1])
+    assert np.bincount(np.ravel(x.experts)).max() <= 16
     compute = jax.jit(lambda x: experts(x))
     usual = compute(x)
     np.testing.assert_array_equal(compute(first(x, 3)), usual[:, :3])
     np.testing.assert_array_equal(compute(first(x, 8)), usual[:, :8])
     busy = dataclasses.replace(x, experts=x.experts.at[:, 3:].set(x.experts[:, :1]))
     np.testing.assert_array_equal(compute(busy)[:, :3], usual[:, :3])
+    spoilt = compute(dataclasses.replace(x, values=x.values.at[:, 5].set(jnp.nan)))
+    assert np.isnan(spoilt[:, 5]).all()
+    np.testing.assert_array_equal(np.delete(spoilt, 5, 1), np.delete(usual, 5, 1))
 
 
 def test_few_tokens_read_no_expert_but_their_own():

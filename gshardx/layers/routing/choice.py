@@ -50,9 +50,10 @@ def top_k(scores: Float[Array, "g s e"], k: int) -> Int[Array, "g s k"]:
 
     k rounds of a maximum and a search for it: ``jax.lax.top_k`` is not partitioned on CPU and gathers every gate to
     every device, and ``jnp.argmax`` reduces pairs, which CPUs do not vectorise (benchmarks/moe_layer.py, --part
-    choice).
+    choice). NaN counts as the least of numbers, so that no token chooses an expert twice: slots rely on that.
     """
     scores = jax.lax.stop_gradient(scores)
+    scores = jnp.where(jnp.isnan(scores), jnp.finfo(scores.dtype).min, scores)
     number = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     ids = []
     for _ in range(k):

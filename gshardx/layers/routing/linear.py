@@ -97,7 +97,7 @@ class LinearRouter(nnx.Module):
         wanted = jnp.broadcast_to(counted[..., None], experts.shape) if wanted is None else wanted
         slots, load = assign_slots(experts, wanted, self.num_experts, self._priority(gating))
         keep = wanted & accepted
-        if capacity < s:  # else there is room for all; said here, slots that nobody asks for are not computed
+        if capacity < s:  # else all fit, as no token chooses an expert twice; slots that nobody asks for go
             keep &= slots < capacity
         sums = {name: loss.sums(judged or gating) for name, loss in self.losses}
         return Routing(

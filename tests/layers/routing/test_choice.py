@@ -80,6 +80,11 @@ def test_the_k_best_accept_minus_infinity_and_very_large_scores():
     np.testing.assert_array_equal(best(scores, 3), [[[1, 4, 2]]])
 
 
+def test_no_expert_is_chosen_twice_whatever_is_nan():
+    scores = jnp.asarray([[[jnp.nan] * 4, [1.0, jnp.nan, 2.0, -jnp.inf], [0.5, -1e38, 3.0, 1.0]]])
+    assert top_k(scores, 3).tolist() == [[[0, 1, 2], [2, 0, 1], [2, 3, 0]]]
+
+
 def test_gradient_of_the_values_taken_stays_at_the_chosen():
     scores = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.float32)
     experts = np.asarray(best(scores, 3))
