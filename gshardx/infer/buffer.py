@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from gshardx.sharding import replicate
+
 
 class Layout:
     """Named arrays one after the other.
@@ -31,11 +33,11 @@ class Layout:
         return found
 
     def unpack(self, buffer: Int[Array, "words"]) -> dict[str, Array]:
-        """The same on the device."""
+        """The same on the device, whole: else the partitioner would split the buffer, and send its fields about."""
         found, at = {}, 0
         for name, (shape, dtype) in self.fields.items():
             end = at + math.prod(shape)
-            found[name] = jax.lax.bitcast_convert_type(buffer[at:end], dtype).reshape(shape)
+            found[name] = replicate(jax.lax.bitcast_convert_type(buffer[at:end], dtype).reshape(shape), name=name)
             at = end
         return found
 
