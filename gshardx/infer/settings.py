@@ -34,7 +34,7 @@ class EngineConfig:
     max_length: int = 1024
     """Tokens of a prompt and its continuation together."""
     page_size: int = 64
-    """Tokens of a page; prefixes are shared in whole pages."""
+    """Tokens of a page; prefixes are shared in whole pages. TPUs store 64 in the room of 128: use 128 there."""
     pages: int | None = None
     """Of the cache; default: enough for ``slots`` sequences of ``max_length``."""
     budget: int = 128
