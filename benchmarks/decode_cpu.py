@@ -118,7 +118,7 @@ def gshardx(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(
     ours: list[dict[str, Any]],
-    theirs: "Measured",
+    theirs: Measured,
     reasons: list[str],
     first_start: float,
 ) -> Table:

@@ -108,9 +108,8 @@ class Engine:
         drafter = None
         if config.drafts == "fewer_experts":
             drafter = fewer_experts(blueprint, config.draft_experts, mesh, self.exchange)
-        found = agreeing_programs(blueprint, self._variables, mesh, config, self.exchange, drafter)
-        self.programs, self.sizes = found
-        sizes = self.sizes
+        self.programs, sizes = agreeing_programs(blueprint, self._variables, mesh, config, self.exchange, drafter)
+        self.sizes = sizes
         self._drafter: Drafter | None = None
         if config.drafts is not None:
             self._drafter = PromptLookup() if drafter is None else FewerExperts(self._draw_drafts)

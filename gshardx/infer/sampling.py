@@ -100,8 +100,8 @@ def draw(
 
 
 def _best(scores: Float[Array, "s v"]) -> Int[Array, "s"]:
-    """The first of the highest. In two passes that are vectorised; XLA's CPU compiler makes a slow loop of an argmax,
-    a twentieth of decoding 32 rows of 4,096 scores (jax 0.10)."""
+    """The first of the highest, in two passes: XLA's CPU compiler vectorises these and no argmax (jax 0.10), as
+    ``benchmarks/moe_layer.py --part choice`` shows of routers."""
     v = scores.shape[-1]
     at = jnp.where(scores == scores.max(-1, keepdims=True), jnp.arange(v, dtype=jnp.int32), v)
     return jnp.minimum(at.min(-1), v - 1)  # a row of NaN has no highest

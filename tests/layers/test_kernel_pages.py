@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gshardx.layers import FullPages, KernelPages, Paged, has_kernel, kernel_attention, paged_attention
+from gshardx.layers.paged import _store_and_attend
 from gshardx.plan.topology import open_topology, prepare
 from gshardx.sharding import MeshConfig, abstract_array, build_mesh
 
@@ -18,6 +19,8 @@ TOPOLOGIES = [
     ("tpu", "v6e:2x2"),
     pytest.param("gpu", "h100:4", marks=pytest.mark.skipif(not HAS_CUDA, reason="the CUDA plug-in is not installed")),
 ]
+
+store_and_attend = jax.jit(_store_and_attend)
 
 
 def stored(platform, k, v, page, place):
@@ -45,6 +48,15 @@ def test_the_same_as_the_twin(platform):
     assert np.isfinite(found).all()
     for one, other in zip(pools[0].read(jnp.asarray(table)), pools[1].read(jnp.asarray(table)), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_queries_of_another_dtype_are_answered_by_the_twin():
+    draw, position = np.random.default_rng(0), jnp.asarray([3, 3], jnp.int32)
+    q, k, v = (jnp.asarray(draw.normal(size=(2, heads, D)), jnp.float32) for heads in (N, KV, KV))
+    tables, sequence = jnp.asarray([[4], [2]], jnp.int32), jnp.arange(2)
+    pools = stored("tpu", k, v, jnp.asarray([4, 2]), jnp.asarray([0, 0]))
+    found, expected = (store_and_attend(q, k, v, one, tables, sequence, position, jnp.int32(1))[0] for one in pools)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_what_is_not_finite_is_not_stored():
