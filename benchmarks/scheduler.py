@@ -44,7 +44,7 @@ def microseconds(writing: int, calls: int, prompts: int, guess: bool) -> list[fl
     """Of each call: plan, tables, buffer, commit."""
     slots = writing + prompts
     sizes = Sizes(1, slots, slots * LENGTH // 64 + 1, 64, LENGTH, 32, 1)
-    scheduler = Scheduler(shards=1, slots=slots, pages=sizes.pages, page_size=64, budget=256)
+    scheduler = Scheduler(shards=1, slots=slots, pages=sizes.pages, page_size=64, budget=256, scores=64)
     tables, lookup = SlotTables(sizes), PromptLookup()
     step, decode = step_layout(sizes, 256, slots), decode_layout(sizes, slots)
     draw = np.random.default_rng(0)

@@ -46,10 +46,10 @@ class PromptLookup:
         return 0 if start is None else min(most, sequence.known - start)
 
     def write(self, segments: list[list[Segment]]) -> None:
-        for sequence, *_, drafts in (one for each in segments for one in each if one.drafts):
-            start = self._indices[sequence].start
+        for one in (one for each in segments for one in each if one.drafts):
+            start, tokens, known = self._indices[one.sequence].start, one.sequence.tokens, one.sequence.known
             assert start is not None
-            sequence.tokens[sequence.known : sequence.known + drafts] = sequence.tokens[start : start + drafts]
+            tokens[known : known + one.drafts] = tokens[start : start + one.drafts]
 
     def forget(self, sequence: Sequence) -> None:
         self._indices.pop(sequence, None)
@@ -95,8 +95,9 @@ class FewerExperts:
         drafted = [[one for one in each if one.drafts] for each in segments]
         steps = max(one.drafts for each in drafted for one in each)
         for each, drawn in zip(drafted, self._draw(drafted, steps), strict=True):
-            for (sequence, *_, drafts), tokens in zip(each, drawn, strict=True):
-                sequence.tokens[sequence.known : sequence.known + drafts] = tokens[:drafts]
+            for one, tokens in zip(each, drawn, strict=True):
+                known = one.sequence.known
+                one.sequence.tokens[known : known + one.drafts] = tokens[: one.drafts]
 
     def forget(self, sequence: Sequence) -> None:
         pass

@@ -28,17 +28,19 @@ from gshardx.infer.depth import Depth
 from gshardx.infer.drafts import Drafter, FewerExperts, PromptLookup
 from gshardx.infer.exchange import choose_exchange
 from gshardx.infer.fill import fill_decode, fill_step
+from gshardx.infer.grammar import Grammars
 from gshardx.infer.live import Live
+from gshardx.infer.program import DeviceState
 from gshardx.infer.programs import agreeing_programs
 from gshardx.infer.quantize import quantize
 from gshardx.infer.request import Output, Request, SamplingParams
 from gshardx.infer.scheduler import NeedsResults, Plan, Scheduler, Segment, Sequence
-from gshardx.infer.settings import EngineConfig, batch_shards
+from gshardx.infer.settings import SCORES, EngineConfig, batch_shards
 from gshardx.infer.slots import SlotTables
 from gshardx.infer.text import TextStream
 from gshardx.infer.weights import fewer_experts, placed, separate
 from gshardx.models.build import Blueprint, Variables
-from gshardx.sharding import one_program_at_a_time
+from gshardx.sharding import CompiledStep, one_program_at_a_time
 from gshardx.sharding.distributed import fetch
 from gshardx.sharding.guard import count_compiles
 
@@ -62,6 +64,10 @@ class Stats:
     retractions: int = 0
     compilations: int = 0
     """While serving; there is nothing to compile."""
+    expert_load: Int[np.ndarray, "layer e"] = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    """Choices that each expert of each MoE layer took."""
+    dropped_choices: int = 0
+    """That no expert took; there is room for all."""
 
 
 @dataclasses.dataclass
@@ -96,15 +102,17 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        self.config, self.tokenizer, self.stats = config, tokenizer, Stats()
+        self.config, self.tokenizer = config, tokenizer
         rows = config.slots * batch_shards(mesh)
         self.exchange = choose_exchange(blueprint.config, mesh, rows, config.exchange)
         blueprint, self._variables = separate(blueprint, variables, mesh, self.exchange)
         if config.weights is not None:
             blueprint, self._variables = quantize(blueprint, self._variables, config.weights)
-        self.vocab = blueprint.vocab
+        self.vocab, self.choices = blueprint.vocab, blueprint.bind(blueprint.params).stack.router.top_k
         layers = len(self._variables.params["stack"]["separate"])
         self._places = np.tile(np.arange(blueprint.config.moe.num_experts), (layers, 1))
+        self.stats = Stats(expert_load=np.zeros_like(self._places))
+        self.grammars = Grammars(tokenizer, self.vocab)
         drafter = None
         if config.drafts == "fewer_experts":
             drafter = fewer_experts(blueprint, config.draft_experts, mesh, self.exchange)
@@ -122,6 +130,7 @@ class Engine:
             pages=sizes.pages,
             page_size=sizes.page_size,
             budget=max(self.programs.steps),
+            scores=SCORES,
         )
         self._live: dict[Sequence, Live] = {}
         self._flights: collections.deque[_Flight] = collections.deque()
@@ -152,15 +161,21 @@ class Engine:
         for token in (*prompt[(prompt < 0) | (prompt >= self.vocab)], *params.logit_bias, *params.stop_tokens):
             if not 0 <= token < self.vocab:
                 raise BadInput(f"request {request.id}: no token {token}; there are 0 to {self.vocab - 1}")
+        constraints = [
+            None if params.json_schema is None else self.grammars.start(params.json_schema) for _ in range(params.n)
+        ]
         first = None
-        for choice in range(params.n):
+        for choice, constraint in enumerate(constraints):
             tokens = np.zeros(total, np.int32)
             tokens[: len(prompt)] = prompt
             family: Hashable = request.family
             sequence = Sequence(tokens, len(prompt), family, request.priority, known=len(prompt), after=first)
+            if first is None and params.prompt_logprobs is not None:
+                sequence.scored = 1
             first = first or sequence
             ends = frozenset(params.stop_tokens) | (frozenset() if params.ignore_end else {self.tokenizer.end})
-            self._live[sequence] = Live(request, choice, sequence, TextStream(self.tokenizer, params.stop), ends)
+            text = TextStream(self.tokenizer, params.stop)
+            self._live[sequence] = Live(request, choice, sequence, text, ends, constraint)
             self.scheduler.add(sequence)
 
     def cancel(self, id: str) -> None:
@@ -200,12 +215,14 @@ class Engine:
     def _step(self) -> list[Output]:
         said, self._early = self._early, []
         drafts: dict[Sequence, int] = {}
-        if self._drafter is not None:
+        constrained = any(live.allowed is not None for live in self._live.values())
+        if self._drafter is not None or constrained:  # what comes next depends on what came last
             said += self._read_all()
+        if self._drafter is not None:
             drafts = self._wanted_drafts(self._drafter)
         started = False
         with contextlib.suppress(NeedsResults):
-            started = bool(self._live) and self._start(drafts)
+            started = bool(self._live) and self._start(1 if constrained else self.config.steps, drafts)
         while self._flights and (not started or len(self._flights) > self._ahead):
             said += self._read(self._flights.popleft())
         return said
@@ -227,12 +244,15 @@ class Engine:
         drawn = call.result.views(fetch(result))["token"]
         return [[drawn[:steps, shard, row].tolist() for row in range(len(each))] for shard, each in enumerate(one_each)]
 
-    def _start(self, drafts: dict[Sequence, int]) -> bool:
-        plan = self.scheduler.plan(self.config.steps, drafts)
+    def _start(self, steps: int, drafts: dict[Sequence, int]) -> bool:
+        plan = self.scheduler.plan(steps, drafts)
         if not any(plan.segments):
             return False
         for segment in (one for segments in plan.segments for one in segments):
             self._install(segment.sequence)
+            allowed = self._live[segment.sequence].allowed
+            if allowed is not None and segment.draws:
+                self._write(self.programs.constrain, segment.sequence, allowed)
         if self._drafter is not None and any(one.drafts for segments in plan.segments for one in segments):
             self._drafter.write(plan.segments)
         prompts = any(not one.draws or one.length > 1 for segments in plan.segments for one in segments)
@@ -262,9 +282,13 @@ class Engine:
         bias = np.zeros(self.vocab, np.float32)
         for token, value in params.logit_bias.items():
             bias[token] = value
-        place = self.programs.admit.input_shardings[1]
-        arguments = (np.int32(sequence.shard), np.int32(sequence.slot), history.astype(np.int32), bias)
-        self._state = self.programs.admit(self._state, *(jax.device_put(x, place) for x in arguments))
+        self._write(self.programs.admit, sequence, history.astype(np.int32), bias)
+
+    def _write(self, program: CompiledStep[..., DeviceState], sequence: Sequence, *rows: np.ndarray) -> None:
+        """Bring a sequence's rows of the device's tables up to date."""
+        place = program.input_shardings[1]
+        arguments = (np.int32(sequence.shard), np.int32(sequence.slot), *rows)
+        self._state = program(self._state, *(jax.device_put(x, place) for x in arguments))
 
     def _prompt_call(self, plan: Plan) -> _Flight:
         most = max(sum(one.length for one in segments) for segments in plan.segments)
@@ -296,6 +320,9 @@ class Engine:
 
     def _read(self, flight: _Flight) -> list[Output]:
         found = flight.read(fetch(flight.result))
+        load = found.pop("load").sum(0)
+        self.stats.expert_load += load[:, :-1]
+        self.stats.dropped_choices += int(load[:, -1].sum())
         said = []
         for shard, (segments, places) in enumerate(zip(flight.plan.segments, flight.places, strict=True)):
             for segment, own in zip(segments, places, strict=True):

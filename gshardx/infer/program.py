@@ -6,12 +6,13 @@ of matrix products occur, and :mod:`gshardx.infer.programs` can see to it that a
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gshardx.errors import BadInput
 from gshardx.infer.buffer import Layout
@@ -51,14 +52,15 @@ class Sizes(NamedTuple):
 class DeviceState:
     """What the device keeps from call to call; donated to each. The last slot is nobody's.
 
-    pools: pages, as in :class:`gshardx.layers.Paged`. last: the newest token of each slot. history, bias: as
-    :class:`gshardx.infer.sampling.Context`, for each slot.
+    pools: pages, as in :class:`gshardx.layers.Paged`. last: the newest token of each slot. history, bias, allowed:
+    as :class:`gshardx.infer.sampling.Context`, for each slot.
     """
 
     pools: tuple[Pool, ...]
     last: Int[Array, "b slots"]
     history: Int[Array, "b slots v"]
     bias: Float[Array, "b slots v"]
+    allowed: UInt32[Array, "b slots words"]
 
 
 def abstract_state(blueprint: Blueprint, sizes: Sizes, mesh: Mesh) -> DeviceState:
@@ -86,6 +88,7 @@ def abstract_state(blueprint: Blueprint, sizes: Sizes, mesh: Mesh) -> DeviceStat
         last=place(by_slot, "int32", "batch slot"),
         history=place((*by_slot, blueprint.vocab), "int32", "batch slot model"),
         bias=place((*by_slot, blueprint.vocab), "float32", "batch slot model"),
+        allowed=place((*by_slot, mask_words(blueprint.vocab)), "uint32", "batch slot model"),
     )
 
 
@@ -106,6 +109,7 @@ def row_fields(sizes: Sizes, rows: int) -> dict[str, tuple[tuple[int, ...], str]
         "seed": (by_row, "uint32"),
         "choice": (by_row, "uint32"),
         "biased": (by_row, "int32"),
+        "constrained": (by_row, "int32"),
         "alternatives": (by_row, "int32"),
     }
 
@@ -114,7 +118,8 @@ def step_layout(sizes: Sizes, tokens: int, samples: int) -> Layout:
     """Input of ``step``: ``tokens`` tokens of up to ``slots`` sequences, and up to ``samples`` places to draw at.
 
     token -1: the newest one of its slot. position -1: padding. sample: an index into the tokens; sample_row: into the
-    rows; sample_slot: where to note the token as the newest of its slot.
+    rows; sample_slot: where to note the token as the newest of its slot; target: the token there where it is known,
+    else -1.
     """
     by_token, by_sample = (sizes.shards, tokens), (sizes.shards, samples)
     return Layout(
@@ -128,6 +133,7 @@ def step_layout(sizes: Sizes, tokens: int, samples: int) -> Layout:
             "sample": (by_sample, "int32"),
             "sample_row": (by_sample, "int32"),
             "sample_slot": (by_sample, "int32"),
+            "target": (by_sample, "int32"),
             **row_fields(sizes, min(tokens, sizes.slots)),
         }
     )
@@ -150,9 +156,12 @@ def decode_layout(sizes: Sizes, rows: int) -> Layout:
     )
 
 
-def result_layout(sizes: Sizes, steps: int, rows: int, vocab: int) -> Layout:
-    """Output of both: ``steps`` tokens for each of ``rows`` places."""
-    shape, top = (steps, sizes.shards, rows), min(TOP, vocab)
+def result_layout(sizes: Sizes, steps: int, rows: int, blueprint: Blueprint) -> Layout:
+    """Output of both: ``steps`` tokens for each of ``rows`` places, and the experts that the token before each went to.
+    For each shard, ``load``: how many choices each expert of each layer took in the whole call, and last how many none
+    did."""
+    shape, top = (steps, sizes.shards, rows), min(TOP, blueprint.vocab)
+    stack = blueprint.bind(blueprint.params).stack
     return Layout(
         {
             "token": (shape, "int32"),
@@ -160,6 +169,8 @@ def result_layout(sizes: Sizes, steps: int, rows: int, vocab: int) -> Layout:
             "best": ((*shape, top), "int32"),
             "best_logprob": ((*shape, top), "float32"),
             "finite": (shape, "int32"),
+            "experts": ((*shape, stack.count, stack.router.top_k), "int32"),
+            "load": ((sizes.shards, stack.count, stack.router.num_experts + 1), "int32"),
         }
     )
 
@@ -174,36 +185,42 @@ def step(
     token = jnp.where(token < 0, jnp.take_along_axis(state.last, slot, axis=1), token)
     table, tile = shard(given["table"], "batch time slot"), min(sizes.tile, token.shape[1])
 
-    def compute(number: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        found, pools = carry
-        here = [jax.lax.dynamic_slice_in_dim(x, number * tile, tile, axis=1) for x in (token, row, position)]
-        hidden, pools = _forward(model, variables, pools, table, given["longest"], *here)
-        return jax.lax.dynamic_update_slice_in_dim(found, hidden, number * tile, axis=1), pools
+    layout = result_layout(sizes, 1, given["sample"].shape[1], blueprint)
+    results = _nothing(layout)
 
-    config = blueprint.config
-    empty = jnp.zeros((*token.shape, config.width), jnp.dtype(model.logits_dtype))
-    hidden, pools = jax.lax.fori_loop(0, given["tiles"], compute, (shard(empty, "batch time model"), state.pools))
+    def compute(number: Array, carry: tuple[Array, Array, Array, Any]) -> tuple[Array, Array, Array, Any]:
+        found, experts, load, pools = carry
+        here = [jax.lax.dynamic_slice_in_dim(x, number * tile, tile, axis=1) for x in (token, row, position)]
+        hidden, pools, chosen, kept = _forward(model, variables, pools, table, given["longest"], *here)
+        found = jax.lax.dynamic_update_slice_in_dim(found, hidden, number * tile, axis=1)
+        experts = jax.lax.dynamic_update_slice_in_dim(experts, chosen, number * tile, axis=1)
+        return found, experts, load + _counted(chosen, kept, here[-1], load), pools
+
+    empty = jnp.zeros((*token.shape, blueprint.config.width), jnp.dtype(model.logits_dtype))
+    nobody = jnp.zeros((*token.shape, *results["experts"].shape[3:]), jnp.int32)
+    carry = (shard(empty, "batch time model"), _by_row(nobody), _by_row(results.pop("load")), state.pools)
+    hidden, experts, load, pools = jax.lax.fori_loop(0, given["tiles"], compute, carry)
 
     state = dataclasses.replace(state, pools=pools)
     at = jnp.take_along_axis(position, given["sample"], axis=1) + 1
-    layout = result_layout(sizes, 1, given["sample"].shape[1], blueprint.vocab)
     places = min(sizes.tile, given["sample"].shape[1])
 
     def draw_some(number: Array, results: Any) -> Any:
-        sample, row, new = (
+        sample, row, new, target = (
             jax.lax.dynamic_slice_in_dim(x, number * places, places, axis=1)
-            for x in (given["sample"], given["sample_row"], at)
+            for x in (given["sample"], given["sample_row"], at, given["target"])
         )
         sampled = jnp.take_along_axis(hidden, sample[..., None], axis=1)
+        chosen = jnp.take_along_axis(experts, sample[..., None, None], axis=1)
         rows = {name: _of_row(given[name], row) for name in (*Draw._fields, "slot")}
-        drawn = _result(_draw(model, sizes, state, shard(sampled, "batch time model"), rows, new))
+        drawn = _result(_draw(model, sizes, state, shard(sampled, "batch time model"), rows, new, target), chosen)
         return {
             name: jax.lax.dynamic_update_slice_in_dim(results[name], drawn[name], number * places, axis=2)
             for name in results
         }
 
-    results = jax.lax.fori_loop(0, given["sample_tiles"], draw_some, _nothing(layout))
-    return _noted(state, given["sample_slot"], results["token"][0]), results
+    results = jax.lax.fori_loop(0, given["sample_tiles"], draw_some, results)
+    return _noted(state, given["sample_slot"], results["token"][0]), {**results, "load": load}
 
 
 def decode(
@@ -215,28 +232,30 @@ def decode(
     slot, table, rows = given["slot"], given["table"], {name: given[name] for name in (*Draw._fields, "slot")}
     token = jnp.where(given["token"] < 0, jnp.take_along_axis(state.last, slot, axis=1), given["token"])
     row = jnp.broadcast_to(jnp.arange(token.shape[1], dtype=jnp.int32), token.shape)
-    layout = result_layout(sizes, sizes.steps, token.shape[1], blueprint.vocab)
+    results = _nothing(result_layout(sizes, sizes.steps, token.shape[1], blueprint))
+    unknown = jnp.full_like(token, -1)
 
-    def once(number: Array, carry: tuple[Any, Array, Array, Any]) -> tuple[Any, Array, Array, Any]:
-        state, token, position, results = carry
-        pools, pieces = state.pools, list[Array]()
+    def once(number: Array, carry: tuple[Any, Array, Array, Array, Any]) -> tuple[Any, Array, Array, Array, Any]:
+        state, token, position, load, results = carry
+        pools, pieces = state.pools, list[tuple[Array, Array, Array]]()
         for first in range(0, token.shape[1], sizes.tile):
             here = [x[:, first : first + sizes.tile] for x in (token, row, position)]
-            hidden, pools = _forward(model, variables, pools, table, given["longest"], *here)
-            pieces.append(hidden)
+            hidden, pools, chosen, kept = _forward(model, variables, pools, table, given["longest"], *here)
+            pieces.append((hidden, chosen, kept))
         state = dataclasses.replace(state, pools=pools)
-        drawn = _draw(model, sizes, state, jnp.concatenate(pieces, axis=1), rows, position + 1)
+        hidden, chosen, kept = (jnp.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
+        drawn = _draw(model, sizes, state, hidden, rows, position + 1, unknown)
         state = _noted(state, jnp.where(position < 0, sizes.slots, slot), drawn.token)
-        new = _result(drawn)
+        new, load = _result(drawn, chosen), load + _counted(chosen, kept, position, load)
         results = {
             name: jax.lax.dynamic_update_slice_in_dim(results[name], new[name], number, axis=0) for name in results
         }
         ended = (drawn.token[..., None] == given["stop"]).any(-1) | (number + 1 >= given["limit"])
-        return state, drawn.token, jnp.where(ended | (position < 0), -1, position + 1), results
+        return state, drawn.token, jnp.where(ended | (position < 0), -1, position + 1), load, results
 
-    carry = (state, token, given["position"], _nothing(layout))
-    state, _, _, results = jax.lax.fori_loop(0, given["steps"], once, carry)
-    return state, results
+    carry = (state, token, given["position"], _by_row(results.pop("load")), results)
+    state, _, _, load, results = jax.lax.fori_loop(0, given["steps"], once, carry)
+    return state, {**results, "load": load}
 
 
 def admit(
@@ -244,11 +263,28 @@ def admit(
     bias: Float[Array, "v"],
 ) -> DeviceState:  # fmt: skip
     """Start a slot with its own history and bias."""
+    put = _putting(state, shard_number, slot)
+    return dataclasses.replace(state, history=put(state.history, history), bias=put(state.bias, bias))
+
+
+def constrain(
+    state: DeviceState, shard_number: Int[Array, ""], slot: Int[Array, ""], allowed: UInt32[Array, "words"]
+) -> DeviceState:
+    """Say what a slot's next token may be."""
+    return dataclasses.replace(state, allowed=_putting(state, shard_number, slot)(state.allowed, allowed))
+
+
+def mask_words(vocab: int) -> int:
+    """Of 32 bits, one a token."""
+    return -(-vocab // 32)
+
+
+def _putting(state: DeviceState, shard_number: Array, slot: Array) -> Callable[[Array, Array], Array]:
+    """Puts a row into a table at one shard's slot, and at the others' slot that is nobody's."""
     shards, slots = state.last.shape
-    everywhere = jnp.arange(shards, dtype=jnp.int32)
-    at = jnp.where(everywhere == shard_number, slot, slots - 1)
+    at = jnp.where(jnp.arange(shards, dtype=jnp.int32) == shard_number, slot, slots - 1)
     put = jax.vmap(lambda table, slot, row: table.at[slot].set(row), in_axes=(0, 0, None))
-    return dataclasses.replace(state, history=put(state.history, at, history), bias=put(state.bias, at, bias))
+    return lambda table, row: put(table, at, row)
 
 
 def _forward(
@@ -260,11 +296,29 @@ def _forward(
     token: Int[Array, "b t"],
     row: Int[Array, "b t"],
     position: Int[Array, "b t"],
-) -> tuple[Float[Array, "b t m"], tuple[Pool, ...]]:
+) -> tuple[Float[Array, "b t m"], tuple[Pool, ...], Int[Array, "b t layer k"], Bool[Array, "b t layer k"]]:
+    """Hidden states, pages, each token's experts, and which of them took it."""
     memory = Paged(pools, table, row, position, longest)
     place, valid = jnp.maximum(position, 0), position >= 0
-    hidden, memory, _ = model.hidden(token, place, valid, memory, None, variables.router)
-    return hidden, memory.pools
+    hidden, memory, metrics = model.hidden(token, place, valid, memory, None, variables.router)
+    experts, kept = (_by_row(jnp.moveaxis(x, 0, 2)) for x in (metrics.experts.astype(jnp.int32), metrics.kept))
+    return hidden, memory.pools, experts, kept
+
+
+def _by_row(x: Array) -> Array:
+    """Each shard keeps its own."""
+    return shard(x, " ".join(["batch", *["model"] * (x.ndim - 1)]))
+
+
+def _counted(
+    experts: Int[Array, "b t layer k"],
+    kept: Bool[Array, "b t layer k"],
+    position: Int[Array, "b t"],
+    load: Int[Array, "b layer counted"],
+) -> Int[Array, "b layer counted"]:
+    """How many choices each expert took of tokens that are there, and how many none took."""
+    took = jnp.where(kept, experts, load.shape[-1] - 1)[..., None] == jnp.arange(load.shape[-1], dtype=jnp.int32)
+    return (took & (position >= 0)[:, :, None, None, None]).sum((1, 3), dtype=jnp.int32)
 
 
 def _draw(
@@ -274,6 +328,7 @@ def _draw(
     hidden: Float[Array, "b s m"],
     rows: dict[str, Array],
     position: Int[Array, "b s"],
+    target: Int[Array, "b s"],
 ) -> Drawn:
     """Draw for each place; the result has leading axes b and s."""
     b, s, _ = hidden.shape
@@ -286,10 +341,11 @@ def _draw(
 
     def look_up() -> Context:
         of_slot = rows["slot"][..., None]
-        return Context(*(flat(jnp.take_along_axis(x, of_slot, axis=1)) for x in (state.history, state.bias)))
+        tables = state.history, state.bias, state.allowed
+        return Context(*(flat(jnp.take_along_axis(x, of_slot, axis=1)) for x in tables))
 
     how = Draw(**{name: flat(rows[name]) for name in Draw._fields})
-    drawn = draw(flat(logits), how, flat(position), look_up)
+    drawn = draw(flat(logits), how, flat(position), flat(target), look_up)
     return jax.tree.map(lambda x: x.reshape(b, s, *x.shape[1:]), drawn)
 
 
@@ -309,10 +365,10 @@ def _nothing(layout: Layout) -> dict[str, Array]:
     return {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in layout.fields.items()}
 
 
-def _result(drawn: Drawn) -> dict[str, Array]:
+def _result(drawn: Drawn, experts: Int[Array, "b s layer k"]) -> dict[str, Array]:
     """One step's worth, with its leading axis."""
-    return {name: value[None].astype(jnp.int32) if name == "finite" else value[None]
-            for name, value in drawn._asdict().items()}  # fmt: skip
+    found = {**drawn._asdict(), "finite": drawn.finite.astype(jnp.int32), "experts": experts}
+    return {name: value[None] for name, value in found.items()}
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:

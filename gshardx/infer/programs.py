@@ -25,9 +25,11 @@ from gshardx.infer.program import (
     Sizes,
     abstract_state,
     admit,
+    constrain,
     decode,
     decode_layout,
     everywhere,
+    mask_words,
     result_layout,
     step,
     step_layout,
@@ -60,9 +62,9 @@ class Call:
         """A buffer without tokens, and its fields to fill in."""
         buffer = np.zeros(self.given.words, np.int32)
         given = self.given.views(buffer)
-        given["position"][:] = -1
-        for name in ("repetition", "top_p"):  # which change nothing at 1
-            given[name][:] = 1.0
+        for name, value in (("position", -1), ("target", -1), ("repetition", 1.0), ("top_p", 1.0)):  # nothing there
+            if name in given:
+                given[name][:] = value
         return buffer, given
 
     def __call__(self, variables: Variables, state: DeviceState, buffer: np.ndarray) -> tuple[DeviceState, jax.Array]:
@@ -73,7 +75,7 @@ class Call:
 
 
 class Programs:
-    """``step`` for each bucket of tokens, ``decode`` for each bucket of rows, and ``admit``.
+    """``step`` for each bucket of tokens, ``decode`` for each bucket of rows, ``admit`` and ``constrain``.
 
     Args:
         tokens: buckets of ``step``, tokens of a shard.
@@ -107,7 +109,7 @@ class Programs:
         def compiled(
             name: str, model: Blueprint, function: Callable[..., Any], given: Layout, steps: int, width: int
         ) -> Call:
-            result = result_layout(sizes, steps, width, blueprint.vocab)
+            result = result_layout(sizes, steps, width, model)
 
             def run(variables: Variables, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array]:
                 state, found = function(model, sizes, variables, state, given.unpack(buffer))
@@ -136,21 +138,22 @@ class Programs:
             name = f"decode_{count}" if model is blueprint else f"draft_{count}"
             return compiled(name, model, decode, decode_layout(sizes, count), sizes.steps, count)
 
-        def admission() -> CompiledStep[..., DeviceState]:
+        def of_a_slot(function: Callable[..., DeviceState], *rows: tuple[int, str]) -> CompiledStep[..., DeviceState]:
             number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-            rows = [
-                jax.ShapeDtypeStruct((blueprint.vocab,), jnp.dtype(t), sharding=whole) for t in ("int32", "float32")
-            ]
+            described = [jax.ShapeDtypeStruct((length,), jnp.dtype(kind), sharding=whole) for length, kind in rows]
+            given = (state, number, number, *described)
             return kept.get(
-                "admit",
-                lambda: CompiledStep(admit, (state, number, number, *rows), mesh, donate=(0,), out_shardings=places),
+                function.__name__, lambda: CompiledStep(function, given, mesh, donate=(0,), out_shardings=places)
             )
 
         with kept.making(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             steps = {count: pool.submit(of_tokens, count) for count in tokens}
             decodes = {count: pool.submit(of_rows, count) for count in rows}
             drafts = {count: pool.submit(of_rows, count, drafter) for count in rows} if drafter else {}
-            self.admit = pool.submit(admission).result()
+            self.admit = pool.submit(
+                of_a_slot, admit, (blueprint.vocab, "int32"), (blueprint.vocab, "float32")
+            ).result()
+            self.constrain = pool.submit(of_a_slot, constrain, (mask_words(blueprint.vocab), "uint32")).result()
             self.steps = {count: future.result() for count, future in steps.items()}
             self.decodes = {count: future.result() for count, future in decodes.items()}
             self.drafts = {count: future.result() for count, future in drafts.items()}
@@ -196,7 +199,7 @@ class Programs:
         return state
 
     def __len__(self) -> int:
-        return len(self.steps) + len(self.decodes) + len(self.drafts) + 1
+        return len(self.steps) + len(self.decodes) + len(self.drafts) + 2
 
 
 def agreeing_programs(

@@ -51,6 +51,13 @@ class SamplingParams:
     """Tokens that end the output beside the tokenizer's own end, and are not part of it."""
     ignore_end: bool = False
     """Go on after the tokenizer's end token."""
+    prompt_logprobs: int | None = None
+    """Report the log-probabilities of the prompt's tokens after the first, as ``logprobs`` does of new ones. What the
+    prefix cache has of the prompt is then computed again."""
+    json_schema: str | None = None
+    """A JSON schema that the text satisfies, as JSON; tokens that would break it are not drawn."""
+    experts: bool = False
+    """Report which experts tokens went to."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -65,6 +72,7 @@ class SamplingParams:
             ("seed", 0, 2**32 - 1),
             ("n", 1, 128),
             ("logprobs", 0, TOP),
+            ("prompt_logprobs", 0, TOP),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -74,6 +82,8 @@ class SamplingParams:
             raise BadInput(f"stop_tokens: {len(self.stop_tokens)} of them; at most {MAX_STOP_TOKENS - 1}")
         if "" in self.stop:
             raise BadInput("stop: an empty text would end every output; leave it out")
+        if self.json_schema is not None and self.ignore_end:
+            raise BadInput("json_schema with ignore_end: nothing may follow a JSON value; leave one of them out")
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
                 raise BadInput(f"logit_bias of token {token} = {bias}: must be -100 to 100")
@@ -81,7 +91,8 @@ class SamplingParams:
     @property
     def uses_history(self) -> bool:
         """Whether scores depend on the tokens so far."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return penalties != (1.0, 0.0, 0.0) or self.json_schema is not None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,7 +111,7 @@ class Request:
 
 
 class Logprob(NamedTuple):
-    """Of a token that was drawn; best: the most probable tokens and theirs."""
+    """Of a token; best: the most probable tokens and theirs."""
 
     token: int
     logprob: float
@@ -126,3 +137,9 @@ class Output(NamedTuple):
     error: str = ""
     cached_tokens: int = 0
     """Tokens of the prompt whose keys and values were there already."""
+    prompt_logprobs: tuple[Logprob, ...] = ()
+    """Of further tokens of the prompt, if asked for; before any new token."""
+    experts: tuple[list[list[int]], ...] = ()
+    """If asked for, one a draw: for each MoE layer the experts, best first, of the token *before* the one drawn. So the
+    first is of the prompt's last token, and the last token of an answer, after which nothing was drawn, has none.
+    """

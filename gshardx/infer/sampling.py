@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 TOP = 20
 """Alternatives that are reported at most; OpenAI's limit."""
+FORBIDDEN = -1e30
+"""Score of a token that may not be drawn: below any other, and finite, so that what is not finite is a fault."""
 
 
 class Draw(NamedTuple):
@@ -40,6 +42,8 @@ class Draw(NamedTuple):
     """Number of the continuation among those of one prompt."""
     biased: Int[Array, "s"]
     """Whether to add the row's bias."""
+    constrained: Int[Array, "s"]
+    """Whether only the row's allowed tokens may be drawn."""
     alternatives: Int[Array, "s"]
     """How many of the best tokens to report."""
 
@@ -51,6 +55,8 @@ class Context(NamedTuple):
     """Twice the count of each token in the output, plus 1 if it is in the prompt."""
     bias: Float[Array, "s v"]
     """Added to the logits."""
+    allowed: UInt32[Array, "s words"]
+    """Bit i % 32 of word i // 32: whether token i may be drawn, where the row is constrained."""
 
 
 class Drawn(NamedTuple):
@@ -68,6 +74,7 @@ def draw(
     logits: Float[Array, "s v"],
     how: Draw,
     position: Int[Array, "s"],
+    target: Int[Array, "s"],
     look_up: Callable[[], Context],
 ) -> Drawn:
     """One token a row.
@@ -76,14 +83,16 @@ def draw(
         logits: fp32.
         how: settings.
         position: that the token will have in its sequence.
+        target: the token itself where it is known already, and only its log-probability is not; -1: draw it.
         look_up: fetches what penalties and biases need; only called on where a row has some.
     """
     changed = (how.repetition != 1) | (how.presence != 0) | (how.frequency != 0) | (how.biased > 0)
+    changed |= how.constrained > 0
     scores = jax.lax.cond(changed.any(), lambda: _changed(logits, how, look_up()), lambda: logits)
     finite = jnp.isfinite(scores).all(-1)
     greedy = how.temperature == 0
     drawn = jax.lax.cond((~greedy).any(), _noisy, lambda scores, how, position: scores, scores, how, position)
-    token = _best(jnp.where(greedy[:, None], scores, drawn))
+    token = jnp.where(target < 0, _best(jnp.where(greedy[:, None], scores, drawn)), target)
     total = jax.nn.logsumexp(logits, axis=-1)
     logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - total
     top = min(TOP, logits.shape[-1])
@@ -112,7 +121,10 @@ def _changed(logits: Float[Array, "s v"], how: Draw, context: Context) -> Float[
     count = (context.history // 2).astype(jnp.float32)
     scores = jnp.where(logits > 0, logits / factor, logits * factor)
     scores = scores - how.presence[:, None] * (count > 0) - how.frequency[:, None] * count
-    return scores + jnp.where(how.biased[:, None] > 0, context.bias, 0.0)
+    scores = scores + jnp.where(how.biased[:, None] > 0, context.bias, 0.0)
+    token = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    allowed = (context.allowed[:, token // 32] >> (token % 32).astype(jnp.uint32)) & 1 > 0
+    return jnp.where(allowed | (how.constrained[:, None] == 0), scores, FORBIDDEN)
 
 
 def _noisy(scores: Float[Array, "s v"], how: Draw, position: Int[Array, "s"]) -> Float[Array, "s v"]:

@@ -9,6 +9,7 @@ the last in order gives up its pages and waits; later it computes its tokens aga
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Sequence:
         slot: its place on the device, while it runs.
         shard: of the mesh, while it runs.
         runs: how often it was admitted.
+        scored: tokens of the prompt whose log-probabilities the device was asked for; all of it where nobody wants any.
     """
 
     tokens: np.ndarray
@@ -51,6 +53,7 @@ class Sequence:
     slot: int = -1
     shard: int = 0
     runs: int = 0
+    scored: int = sys.maxsize
     after: "Sequence | None" = None
     """Wait until this one has its prompt stored, and share it."""
 
@@ -68,11 +71,21 @@ class Sequence:
         """Tokens that it may still write."""
         return len(self.tokens) - self.known - self.pending
 
+    @property
+    def shareable(self) -> int:
+        """Tokens at its beginning that it need not compute itself."""
+        return min(self.known, self.scored) if self.scored < self.prompt else self.known
+
+    def scores(self, start: int, length: int) -> int:
+        """Tokens of the prompt that follow one of these, and whose log-probabilities are wanted."""
+        return max(0, min(start + length, self.prompt - 1) - max(self.scored, start + 1) + 1)
+
 
 class Segment(NamedTuple):
     """``length`` tokens of a sequence from ``start``, all stored before or known, but for one that may be pending.
 
-    draws: a token is drawn after the last one. drafts: of the tokens, how many at the end are guesses.
+    draws: a token is drawn after the last one. drafts: of the tokens, how many at the end are guesses. scored: of the
+    prompt's tokens after the first of these, how many at the end are scored.
     """
 
     sequence: Sequence
@@ -80,6 +93,12 @@ class Segment(NamedTuple):
     length: int
     draws: bool
     drafts: int = 0
+    scored: int = 0
+
+    @property
+    def places(self) -> int:
+        """At its end, where the device looks at scores."""
+        return self.scored + (1 + self.drafts) * self.draws
 
 
 class Plan(NamedTuple):
@@ -109,11 +128,12 @@ class Scheduler:
     slots: sequences that run at once on each.
     pages, page_size: of each shard's cache; page 0 is nobody's.
     budget: tokens of one call on each shard; at least ``slots``.
+    scores: of these, those of prompts that may be scored.
     """
 
-    def __init__(self, *, shards: int, slots: int, pages: int, page_size: int, budget: int) -> None:
+    def __init__(self, *, shards: int, slots: int, pages: int, page_size: int, budget: int, scores: int) -> None:
         self.shards = [Shard(pages, page_size, slots) for _ in range(shards)]
-        self.budget, self.page_size = budget, page_size
+        self.budget, self.page_size, self.scores = budget, page_size, scores
         self.waiting: list[Sequence] = []
         self.calls = self.retractions = 0
         self._expected = EXPECTED_AT_FIRST
@@ -164,10 +184,11 @@ class Scheduler:
         plan."""
         self.calls += 1
         self._expected = max(EXPECTED_AT_LEAST, self._expected * FORGOTTEN)
-        for sequence, start, length, draws, drafts in itertools.chain.from_iterable(plan.segments):
+        for sequence, start, length, draws, drafts, scored in itertools.chain.from_iterable(plan.segments):
             drawn = min(plan.steps, sequence.room) if draws else 0
             sequence.stored = start + length - drafts + max(drawn - 1, 0)
             sequence.pending += drawn
+            sequence.scored += scored
             if length > 1 or not draws:
                 self._keep(sequence)
 
@@ -210,21 +231,20 @@ class Scheduler:
         return segments
 
     def _prompts(self, shard: Shard, segments: list[Segment]) -> list[Segment]:
-        left = self.budget - sum(one.length for one in segments)
         for sequence in list(shard.running):
-            if sequence.lease is None or sequence.todo <= 1 or left <= 0:
-                continue
-            segment = self._piece(shard, sequence, left)
-            if segment:
-                segments.append(segment)
-                left -= segment.length
+            if sequence.lease is not None and sequence.todo > 1:
+                self._add_piece(shard, sequence, segments)
         return segments
 
-    def _piece(self, shard: Shard, sequence: Sequence, left: int) -> Segment | None:
-        length = min(sequence.todo, left)
-        if not self._make_room(shard, sequence, sequence.stored + length):
-            return None
-        return Segment(sequence, sequence.stored, length, length == sequence.todo)
+    def _add_piece(self, shard: Shard, sequence: Sequence, segments: list[Segment]) -> None:
+        """As much of its prompt as the call's budgets leave, if anything."""
+        start, length = sequence.stored, min(sequence.todo, self.budget - sum(one.length for one in segments))
+        scores = self.scores - sum(one.scored for one in segments)
+        if sequence.scores(start, length) > scores:
+            length = max(sequence.scored - 1 - start, 0) + scores
+        if length > 0 and self._make_room(shard, sequence, start + length):
+            draws, scored = length == sequence.todo, sequence.scores(start, length)
+            segments.append(Segment(sequence, start, length, draws, scored=scored))
 
     def _room_for(self, sequence: Sequence, more: int) -> bool:
         """Pages for as many further tokens as it will store."""
@@ -263,7 +283,7 @@ class Scheduler:
         """Start it on the shard that knows most of its prompt, or has most room; False where none can take it now."""
         if sequence.after is not None and _computes_prompt(sequence.after):
             return True  # passed over: others may go before it
-        tokens = sequence.tokens[: sequence.known]
+        tokens = sequence.tokens[: sequence.shareable]
         best: tuple[int, int, Shard, Lease] | None = None
         for shard, segments in zip(self.shards, computed, strict=True):
             if not shard.slots or sum(one.length for one in segments) >= self.budget:
@@ -285,10 +305,7 @@ class Scheduler:
         sequence.lease, sequence.slot, sequence.runs = lease, shard.slots.pop(), sequence.runs + 1
         sequence.shard, sequence.stored = self.shards.index(shard), known * self.page_size
         shard.running.append(sequence)
-        segments = computed[sequence.shard]
-        piece = self._piece(shard, sequence, self.budget - sum(one.length for one in segments))
-        if piece:
-            segments.append(piece)
+        self._add_piece(shard, sequence, computed[sequence.shard])
         return True
 
     def _promised(self, shard: Shard) -> int:

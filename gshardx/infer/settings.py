@@ -14,6 +14,8 @@ from gshardx.infer.quantize import WEIGHTS
 KV_DTYPES = ("float32", "bfloat16", "int8")
 DRAFTS = ("prompt_lookup", "fewer_experts")
 ATTENTION = ("xla", "pallas")
+SCORES = 64
+"""Tokens of prompts whose log-probabilities a call may ask for."""
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -94,8 +96,8 @@ class EngineConfig:
         )
 
     def samples(self) -> int:
-        """Places where a call of prompts or guesses may draw; of more than a tile, whole tiles."""
-        most = self.slots * (1 + self.draft_depth * bool(self.drafts))
+        """Places where a call of prompts or guesses may draw, or score; of more than a tile, whole tiles."""
+        most = self.slots * (1 + self.draft_depth * bool(self.drafts)) + SCORES
         return max(2, most if most <= self.tile else -(-most // self.tile) * self.tile)
 
     def token_buckets(self) -> list[int]:

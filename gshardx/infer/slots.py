@@ -38,7 +38,8 @@ class SlotTables:
             ("seed", params.seed),
             ("choice", choice),
             ("biased", bool(params.logit_bias)),
-            ("alternatives", params.logprobs or 0),
+            ("constrained", params.json_schema is not None),
+            ("alternatives", max(params.logprobs or 0, params.prompt_logprobs or 0)),
         ):
             self._values[name][at] = value
         self._values["stop"][at] = -1

@@ -27,6 +27,7 @@ class MoEMetrics(NamedTuple):
     """For the next call; between optimizer steps, ``router.after_step(state)``."""
     experts: Int[Array, "*layer b t k"]
     """Each token's choices, kept or not: for routing traces."""
+    kept: Bool[Array, "*layer b t k"]
 
 
 class MoE(nnx.Module):
@@ -74,7 +75,7 @@ class MoE(nnx.Module):
         with jax.named_scope("gate"):
             keys = None if rng is None else group_keys(row_keys(rng, b), t, s)
             routing = self.router(tokens, valid.reshape(-1, s), keys, state)
-        choices = routing.experts.reshape(b, t, -1)
+        choices, kept = (x.reshape(b, t, -1) for x in (routing.experts, routing.keep))
         if self.place is not None:
             routing = dataclasses.replace(routing, experts=self.place[...][routing.experts])
         with jax.named_scope("dispatch"):
@@ -83,4 +84,4 @@ class MoE(nnx.Module):
         with jax.named_scope("combine"):
             routed = self.dispatcher.combine(expert_out, routing).reshape(b, t, m)
         out = shard(self.beside(x, routed), "batch time model")
-        return out, MoEMetrics(routing.losses, routing.loss_sums, routing.stats, routing.state, choices)
+        return out, MoEMetrics(routing.losses, routing.loss_sums, routing.stats, routing.state, choices, kept)

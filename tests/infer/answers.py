@@ -17,6 +17,8 @@ class Answer:
     text: str = ""
     reason: str = ""
     error: str = ""
+    prompt_logprobs: list = dataclasses.field(default_factory=list)
+    experts: list = dataclasses.field(default_factory=list)
 
 
 def collected(outputs):
@@ -26,6 +28,8 @@ def collected(outputs):
         assert not answer.reason, "an output after the last"
         answer.tokens += one.tokens
         answer.logprobs += one.logprobs
+        answer.prompt_logprobs += one.prompt_logprobs
+        answer.experts += one.experts
         answer.text += one.text
         answer.reason, answer.error = one.finish_reason or "", one.error
     assert all(answer.reason for answer in answers.values())
@@ -51,22 +55,32 @@ def assert_everything_is_back(engine):
 
 
 def check_against_full_pass(plan, variables, requests, answers):
-    """Every reported log-probability, and greedy's choices, by one dropless pass of the training modules."""
+    """Every reported log-probability and expert, and greedy's choices, by one dropless pass of the training modules."""
     module = plan.bind(jax.device_put(jax.device_get(variables.params), jax.devices()[0]))
     router = jax.device_get(variables.router)
 
     @jax.jit
-    def logprobs_of(tokens, real):
+    def computed(tokens, real):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden, _, _ = module.hidden(tokens, positions, real > 0, Packed.of(real), None, router)
-        return jax.nn.log_softmax(module.logits(hidden))
+        hidden, _, metrics = module.hidden(tokens, positions, real > 0, Packed.of(real), None, router)
+        return jax.nn.log_softmax(module.logits(hidden)), metrics.experts
 
     whole = [np.concatenate([request.prompt, answers[request.id, 0].tokens]).astype(np.int32) for request in requests]
     tokens, real = (np.zeros((len(whole), max(map(len, whole))), np.int32) for _ in range(2))
     for row, sequence in enumerate(whole):
         tokens[row, : len(sequence)], real[row, : len(sequence)] = sequence, 1
-    for request, expected in zip(requests, np.asarray(logprobs_of(tokens, real)), strict=True):
-        for place, logprob in enumerate(answers[request.id, 0].logprobs, start=len(request.prompt) - 1):
+    logprobs, experts = map(np.asarray, computed(tokens, real))
+    for row, request in enumerate(requests):
+        answer, expected, first = answers[request.id, 0], logprobs[row], len(request.prompt) - 1
+        for place, logprob in enumerate(answer.logprobs, start=first):
             assert abs(logprob.logprob - expected[place][logprob.token]) < 1e-5
             if request.params.temperature == 0:
                 assert logprob.token == expected[place].argmax()
+        if request.params.prompt_logprobs is not None:
+            assert [logprob.token for logprob in answer.prompt_logprobs] == request.prompt[1:].tolist()
+            for place, logprob in enumerate(answer.prompt_logprobs):
+                assert abs(logprob.logprob - expected[place][logprob.token]) < 1e-5
+        if request.params.experts:
+            assert len(answer.experts) >= len(answer.tokens)
+            for place, found in enumerate(answer.experts, start=first):
+                np.testing.assert_array_equal(found, experts[:, row, place])

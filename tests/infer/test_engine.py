@@ -1,6 +1,7 @@
 """The engine against the full forward pass, and against itself under every circumstance that must not matter."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from tests.infer.conftest import MODEL, SMALL, Model, texts
 
 def mixed(seed, count):
     """Requests that use everything, some sharing the beginning of their prompts."""
-    draw = np.random.default_rng(seed)
+    draw, other = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     prompts = texts(seed, count)
     common = draw.integers(0, 256, 21).astype(np.int32)
     requests = []
@@ -43,6 +44,9 @@ def mixed(seed, count):
             logprobs=int(draw.choice([0, 5])),
             stop=() if draw.random() < 0.7 else ("e", "\x10\x11"),
             stop_tokens=() if draw.random() < 0.7 else (10, 117),
+            prompt_logprobs=None if other.random() < 0.8 else 3,
+            json_schema=None if number % 40 != 39 else '{"type": "array", "items": {"type": "integer"}}',
+            experts=other.random() < 0.3,
         )
         requests.append(Request(str(number), prompt, params, priority=int(draw.integers(0, 3))))
     return requests
@@ -50,9 +54,10 @@ def mixed(seed, count):
 
 def plain(seed, count):
     return [
-        Request(str(i), p, SamplingParams(max_new_tokens=9, temperature=float(i % 2), logprobs=0, ignore_end=True))
+        Request(str(i), p, SamplingParams(max_new_tokens=9, temperature=float(i % 2), logprobs=0, ignore_end=True,
+                                          prompt_logprobs=0, experts=True))
         for i, p in enumerate(texts(seed, count))
-    ]
+    ]  # fmt: skip
 
 
 def test_paged_decoding_equals_the_training_forward(model, engine):
@@ -126,7 +131,10 @@ FREE = Costs(plain=lambda rows: 1.0, check=lambda tokens: 1.0, draft=lambda rows
     "drafts",
     [pytest.param("prompt_lookup", marks=pytest.mark.slow), pytest.param("fewer_experts", marks=pytest.mark.sweep)],
 )
-def test_guesses_change_nothing(model, requests, usual, monkeypatch, drafts):
+def test_guesses_change_nothing(model, engine, requests, usual, monkeypatch, drafts):
+    coin = SamplingParams(max_new_tokens=30, logit_bias={97: 50.0, 98: 50.0})  # of which half of the guesses are wrong
+    coins = [Request("coin", np.asarray([97, 98], np.int32), coin)]
+    requests, usual = [*coins, *requests], {**answered(engine, coins), **usual}
     monkeypatch.setattr("gshardx.infer.engine.measured_costs", lambda *_: FREE)
     engine = model.engine(dataclasses.replace(SMALL, drafts=drafts, draft_depth=3))
     assert answered(engine, requests) == usual
@@ -378,3 +386,30 @@ def test_a_thousand_requests_in_every_way(model, monkeypatch):
     guessing = model.engine(dataclasses.replace(config, drafts="prompt_lookup", draft_depth=3))
     assert answered(guessing, requests) == first
     assert guessing.stats.accepted_tokens > 100
+
+
+def test_a_schema_is_obeyed_and_neighbours_do_not_notice(engine, requests, usual):
+    schema = (
+        '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}'
+    )
+    params = SamplingParams(max_new_tokens=30, json_schema=schema, n=2, seed=4)
+    answers = answered(engine, [Request("json", np.frombuffer(b"To be", np.uint8), params), *requests])
+    for choice in range(2):
+        text = answers.pop(("json", choice)).text
+        assert list(json.loads(text)) == ["a"]
+    assert answers == usual
+
+
+@pytest.mark.parametrize("schema", ["{", '{"type": "nothing"}'])
+def test_a_schema_that_is_none_is_refused(engine, schema):
+    with pytest.raises(BadInput, match="json_schema"):
+        engine.submit(Request("x", np.asarray([1]), SamplingParams(max_new_tokens=9, json_schema=schema)))
+    assert engine.idle
+
+
+def test_the_load_of_experts_is_counted(model):
+    engine, one = model.engine(), plain(3, 1)[0]
+    answered(engine, [one])
+    computed = len(one.prompt) + one.params.max_new_tokens - 1  # the last token goes nowhere
+    assert engine.stats.expert_load.sum() == computed * engine.choices
+    assert engine.stats.dropped_choices == 0

@@ -9,13 +9,20 @@ from gshardx.infer.sampling import TOP, Context, Draw, draw
 
 V = 32
 RULES = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition": 1.0, "presence": 0.0,
-         "frequency": 0.0, "seed": 0, "choice": 0, "biased": 1, "alternatives": 0}  # fmt: skip
-TYPES = {"top_k": np.int32, "seed": np.uint32, "choice": np.uint32, "biased": np.int32, "alternatives": np.int32}
+         "frequency": 0.0, "seed": 0, "choice": 0, "biased": 1, "constrained": 0, "alternatives": 0}  # fmt: skip
+TYPES = {
+    "top_k": np.int32,
+    "seed": np.uint32,
+    "choice": np.uint32,
+    "biased": np.int32,
+    "alternatives": np.int32,
+    "constrained": np.int32,
+}
 
 
 @jax.jit
-def drawing(logits, how, position, history, bias):
-    return draw(logits, how, position, lambda: Context(history, bias))
+def drawing(logits, how, position, target, history, bias, allowed):
+    return draw(logits, how, position, target, lambda: Context(history, bias, allowed))
 
 
 def how(rows, **given):
@@ -24,14 +31,16 @@ def how(rows, **given):
                    for name, value in RULES.items()})  # fmt: skip
 
 
-def drawn(logits, position=None, history=None, bias=None, **settings):
+def drawn(logits, position=None, history=None, bias=None, target=None, allowed=None, **settings):
     rows = len(logits)
     return drawing(
         jnp.asarray(logits),
         how(rows, **settings),
         np.zeros(rows, np.int32) if position is None else position,
+        np.full(rows, -1, np.int32) if target is None else target,
         np.zeros((rows, V), np.int32) if history is None else history,
         np.zeros((rows, V), np.float32) if bias is None else bias,
+        np.zeros((rows, V // 32), np.uint32) if allowed is None else allowed,
     )
 
 
@@ -144,6 +153,29 @@ def test_logprobs_are_the_models_own(logits):
     np.testing.assert_allclose(found.best_logprob[0], expected[best], atol=1e-5)
 
 
+def test_a_known_token_has_its_own_logprob_and_changes_no_other_row():
+    logits = np.random.default_rng(2).normal(size=(3, V)).astype(np.float32)
+    free, told = drawn(logits), drawn(logits, target=np.asarray([-1, 9, -1], np.int32))
+    expected = logits[1].astype(np.float64) - np.log(np.exp(logits[1].astype(np.float64)).sum())
+    assert int(told.token[1]) == 9
+    np.testing.assert_allclose(float(told.logprob[1]), expected[9], atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(told.token)[[0, 2]], np.asarray(free.token)[[0, 2]])
+    np.testing.assert_array_equal(np.asarray(told.logprob)[[0, 2]], np.asarray(free.logprob)[[0, 2]])
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5, "temperature": 2.0}])
+def test_what_is_not_allowed_is_never_drawn_where_the_row_is_constrained(logits, settings):
+    rows = 2000
+    may = np.asarray([3, 17, 31])
+    allowed = np.full((rows, 1), sum(1 << int(token) for token in may), np.uint32)
+    position = np.arange(rows, dtype=np.int32)
+    found = drawn(np.repeat(logits, rows, 0), position, allowed=allowed, constrained=[1, 0] * (rows // 2), **settings)
+    assert set(np.asarray(found.token)[::2]) <= set(may)
+    assert np.asarray(found.finite).all()
+    free = drawn(np.repeat(logits, rows, 0), position, **settings)
+    np.testing.assert_array_equal(np.asarray(found.token)[1::2], np.asarray(free.token)[1::2])
+
+
 def test_a_row_of_nan_is_told_and_spoils_no_other():
     logits = np.random.default_rng(2).normal(size=(3, V)).astype(np.float32)
     clean = drawn(logits)
@@ -161,10 +193,12 @@ def test_checked_guesses_are_rejection_sampling():
     model, next_, other = (np.float32(1.5 * draw_.normal(size=vocab)) for _ in range(3))
     other = (model + other / 3).astype(np.float32)
     how_ = how(rows, seed=list(range(rows)))
-    none = np.zeros((rows, vocab), np.int32), np.zeros((rows, vocab), np.float32)
+    free = np.full(rows, -1, np.int32)
+    none = np.zeros((rows, vocab), np.int32), np.zeros((rows, vocab), np.float32), np.zeros((rows, 1), np.uint32)
 
     def tokens(logits, position):
-        return np.asarray(drawing(np.tile(logits, (rows, 1)), how_, np.full(rows, position, np.int32), *none).token)
+        at = np.full(rows, position, np.int32)
+        return np.asarray(drawing(np.tile(logits, (rows, 1)), how_, at, free, *none).token)
 
     guess, said, after = tokens(other, 5), tokens(model, 5), tokens(next_, 6)
     accepted = guess == said

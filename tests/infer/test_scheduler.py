@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from gshardx.infer.scheduler import AGEING, NeedsResults, Scheduler, Sequence
 
-SIZE, BUDGET, SLOTS = 2, 6, 3
+SIZE, BUDGET, SLOTS, SCORES = 2, 6, 3, 4
 
 
 def sequence(prompt, new, priority=0, family=None, after=None):
@@ -47,6 +47,7 @@ class Device:
             assert sum(one.length for one in segments) <= BUDGET
             assert len({one.sequence for one in segments}) == len(segments) <= SLOTS
             assert plan.steps == 1 or all(one.length == 1 and one.draws for one in segments)
+            assert sum(one.scored for one in segments) <= SCORES
             guessing = [one.drafts for one in segments if one.drafts]
             assert sum(guessing) <= (BUDGET - len(guessing)) / 2, "guesses leave no room to let others in"
             for one in segments:
@@ -54,8 +55,17 @@ class Device:
                 assert one.start == one.sequence.stored
                 assert one.draws == (one.start + one.length - one.drafts == one.sequence.length)
                 assert one.drafts <= max(0, one.sequence.room - 1)
+                self.check_scores(one)
                 stored = one.start + one.length + (min(plan.steps, one.sequence.room) - 1 if one.draws else 0)
                 assert len(one.sequence.lease.pages) * SIZE >= stored, "no page to write to"
+
+    def check_scores(self, one):
+        """Each token of the prompt after the first once, in order, and all before the first draw."""
+        sequence = one.sequence
+        if one.scored:
+            assert one.start + one.length + (not one.draws) - one.scored == sequence.scored
+        if sequence.scored <= sequence.prompt:
+            assert sequence.scored + one.scored >= min(one.start + one.length + 1, sequence.prompt)
 
     def read(self):
         if not self.flights:
@@ -76,15 +86,20 @@ class Device:
 class Requests(RuleBasedStateMachine):
     @initialize(shards=st.integers(1, 2), pages=st.integers(9, 14))
     def start(self, shards, pages):
-        self.scheduler = Scheduler(shards=shards, slots=SLOTS, pages=pages, page_size=SIZE, budget=BUDGET)
+        self.scheduler = Scheduler(
+            shards=shards, slots=SLOTS, pages=pages, page_size=SIZE, budget=BUDGET, scores=SCORES
+        )
         self.device, self.all = Device(self.scheduler), []
 
     @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=9), new=st.integers(1, 7),
-          priority=st.integers(0, 2), family=st.integers(0, 1), choices=st.integers(1, 2))  # fmt: skip
-    def arrives(self, prompt, new, priority, family, choices):
+          priority=st.integers(0, 2), family=st.integers(0, 1), choices=st.integers(1, 2),
+          scored=st.booleans())  # fmt: skip
+    def arrives(self, prompt, new, priority, family, choices, scored):
         first = None
         for _ in range(choices):
             one = sequence(prompt, new, priority, family, after=first)
+            if scored and first is None:
+                one.scored = 1
             first = first or one
             self.scheduler.add(one)
             self.all.append(one)
@@ -150,7 +165,7 @@ TestRequests.settings = settings(max_examples=200, stateful_step_count=50, deadl
 
 @pytest.fixture
 def scheduler():
-    return Scheduler(shards=1, slots=SLOTS, pages=40, page_size=SIZE, budget=BUDGET)
+    return Scheduler(shards=1, slots=SLOTS, pages=40, page_size=SIZE, budget=BUDGET, scores=SCORES)
 
 
 def test_who_writes_goes_on_and_prompts_take_what_is_left(scheduler):
@@ -194,7 +209,7 @@ def test_who_waits_long_overtakes_those_of_higher_priority(scheduler):
 
 
 def test_the_last_in_order_gives_up_its_pages():
-    scheduler = Scheduler(shards=1, slots=SLOTS, pages=7, page_size=SIZE, budget=BUDGET)
+    scheduler = Scheduler(shards=1, slots=SLOTS, pages=7, page_size=SIZE, budget=BUDGET, scores=SCORES)
     device, (a, b) = Device(scheduler), (sequence([1], 8), sequence([2], 8))
     scheduler._expected = 0.0
     for one in (a, b):
