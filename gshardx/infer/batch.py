@@ -62,7 +62,7 @@ def batch(arguments: argparse.Namespace) -> int:
         print(f"{arguments.output}: all {total:,} answers are there")
         return 0
     run = load_run(arguments.run, mesh_of(arguments))
-    engine = engine_of(arguments, run, total - done)
+    engine = engine_of(arguments, run, total - done, arguments.max_new_tokens)
     failed = 0
     with arguments.output.open("a", encoding="utf-8") as out, Bar("answers", arguments.input.stat().st_size) as bar:
         bar.advance(sum(line.size for line in itertools.islice(lines(), done)))

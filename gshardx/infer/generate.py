@@ -28,7 +28,7 @@ def generate(arguments: argparse.Namespace) -> int:
     """
     params, prompts = sampling_of(arguments), _prompts(arguments)
     run = load_run(arguments.run, mesh_of(arguments))
-    engine = engine_of(arguments, run, len(prompts))
+    engine = engine_of(arguments, run, len(prompts), params.max_new_tokens)
     for number, prompt in enumerate(prompts):
         engine.submit(Request(f"{number + 1}", run.tokenizer.encode(prompt), params))
     if len(prompts) == 1:

@@ -15,12 +15,12 @@ from gshardx.sharding import MeshConfig
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which model, where, and how much of it at once."""
     parser.add_argument("--run", required=True, type=Path, metavar="RUN_DIR", help="a run of gshardx.train")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default 8)")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default %(default)s)")
     parser.add_argument(
         "--max_length",
         type=int,
         metavar="N",
-        help="room for prompt and text, tokens (default: trained sequence + max_new_tokens)",
+        help="room for prompt and text, tokens (default: trained sequence + max_new_tokens, if there is such a flag)",
     )
     for name, values, said in (
         ("weights", WEIGHTS, "store large matrices so (default: as trained)"),
@@ -67,8 +67,8 @@ def mesh_of(arguments: argparse.Namespace) -> MeshConfig:
     return MeshConfig(**{axis: getattr(arguments, f"mesh_{axis}") for axis in MeshConfig().shape})
 
 
-def engine_of(arguments: argparse.Namespace, run: LoadedRun, sequences: int) -> Engine:
-    """An engine for at most ``sequences`` at once.
+def engine_of(arguments: argparse.Namespace, run: LoadedRun, sequences: int, added: int) -> Engine:
+    """An engine for at most ``sequences`` at once, ``added`` tokens longer than was trained unless a flag says so.
 
     Raises:
         BadInput: a size that can't be.
@@ -80,7 +80,7 @@ def engine_of(arguments: argparse.Namespace, run: LoadedRun, sequences: int) -> 
     shards = mesh_of(arguments).batch_shards
     config = EngineConfig(
         slots=-(-min(arguments.batch_size, sequences) // shards),
-        max_length=arguments.max_length or run.config.data.sequence_length + arguments.max_new_tokens,
+        max_length=arguments.max_length or run.config.data.sequence_length + added,
         **{
             name: value
             for name in ("weights", "kv_dtype", "attention", "drafts")
