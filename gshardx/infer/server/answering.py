@@ -51,9 +51,14 @@ class Job:
         """
         self._caller = await self._worker.submit(self.requests)
 
+    def leave(self) -> None:
+        """Cancel what is left of it."""
+        assert self._caller is not None
+        self._worker.leave(self._caller)
+
     @contextlib.contextmanager
     def watched(self, http: HttpRequest) -> Iterator[None]:
-        """Meanwhile the client's going, and the deadline, end it; and at the end, whatever is left is cancelled."""
+        """Meanwhile the client's going, and the deadline, end it."""
         caller = self._caller
         assert caller is not None
 
@@ -74,7 +79,6 @@ class Job:
         finally:
             watching.cancel()
             timer.cancel()
-            self._worker.leave(caller)
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
         """What is said of each index, as it comes.

@@ -44,6 +44,7 @@ LONG_TEXT = 4096
 """Characters from which texts are tokenised on another thread: some milliseconds in which others are served."""
 UPLOAD = 60.0
 """Seconds between two pieces of a body at most."""
+CLOSE = {"Connection": "close"}
 COMPILING = 2
 """Schemas at once. One may take seconds, and texts are tokenised on the same threads."""
 
@@ -104,6 +105,7 @@ class Server:
             self.admission.check(self.worker, len(prompts) * params.n, sum(map(len, prompts)))
             job = Job(self.worker, requests, arrived, self.limits.deadline, self.timings)
             await job.enter()
+            stack.callback(job.leave)
             LOGGER.info("%s of %s: %d prompts, %d tokens", id, owner, len(prompts), sum(map(len, prompts)))
             if not body.stream:
                 return await whole(http, job, voice, id, self.model)
@@ -361,19 +363,21 @@ class Bounded:
             return
         headers = Headers(scope=scope)
         size, read, whole = int(headers.get("content-length", 0)), 0, False
+        # Who waits for a go-ahead sends no body after this, and what it sends next must not be taken for one.
+        over = HTTPException(413, f"the body is over {self._limit} bytes", CLOSE if "expect" in headers else None)
 
         async def bounded() -> Message:
             nonlocal read, whole
             if size > self._limit:
-                raise HTTPException(413, f"the body is over {self._limit} bytes")
+                raise over
             try:
                 message = await (receive() if whole else asyncio.wait_for(receive(), UPLOAD))
             except TimeoutError as error:
-                raise HTTPException(408, f"the body did not arrive within {UPLOAD:g} s") from error
+                raise HTTPException(408, f"the body did not arrive within {UPLOAD:g} s", CLOSE) from error
             if message["type"] == "http.request":
                 read, whole = read + len(message.get("body", b"")), not message.get("more_body")
                 if read > self._limit:
-                    raise HTTPException(413, f"the body is over {self._limit} bytes")
+                    raise over
             return message
 
         async def counted(message: Message) -> None:
@@ -385,6 +389,6 @@ class Bounded:
         if "transfer-encoding" in headers and "content-length" in headers:
             said = error_body("give Content-Length or Transfer-Encoding, not both", "invalid_request_error")
             # A proxy may have taken the other one for the body's end: what follows here may be another's request.
-            await JSONResponse(said, 400, {"Connection": "close"})(scope, receive, counted)
+            await JSONResponse(said, 400, CLOSE)(scope, receive, counted)
         else:
             await self._app(scope, bounded, counted)

@@ -137,8 +137,8 @@ class Admission:
         """Seconds until the queue is empty and those refused before have come back and been let in: were all told when
         the queue is empty, they would all come then."""
         now, pace = time.monotonic(), self.pace.seconds(1)
-        # No more in two seconds than may wait: they are told whole ones, and so those of two may come together.
-        apart = max(2 / self.limits.max_queue, (pace or 0.0) / FOR_RETURNS)
+        # They are told whole seconds, so all of one second may come at once: these and one more must find room.
+        apart = max(1 / max(0.5, self.limits.max_queue - 1), (pace or 0.0) / FOR_RETURNS)
         turn = max(self._promised, now + behind * (pace or 0.0))
         self._promised = min(turn + count * apart, now + LONGEST)
         return min(turn - now, LONGEST)
