@@ -13,7 +13,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 from tests.infer.server.page_stub import EXPERTS, LAYERS, PAGES, SLOTS, WORDS, Stub, experts_of, served
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH")
+needs_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH")
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 TOKENS = """return [...document.querySelectorAll(".token")].map((span) => {
   const style = getComputedStyle(span);
@@ -312,7 +313,6 @@ def test_text_is_never_taken_for_html(browser, url, stub):
     assert browser.execute_script("return [document.images.length, window.hacked ?? 0]") == [0, 0]
 
 
-@pytest.mark.slow
 def test_the_bars_are_the_servers_counts(browser, url, stub):
     answer(browser, url, max_tokens=50)
     until(browser, lambda: [row[1] for row in choices(browser)] == stub.load[0])
@@ -329,7 +329,6 @@ def test_the_bars_are_the_servers_counts(browser, url, stub):
     assert [row["now"] for row in bars] == [f"{added / 4:.1f} %" for added in more]
 
 
-@pytest.mark.slow
 def test_the_live_panel_tells_what_the_server_does(browser, url, stub):
     stub.running = 2
     open_page(browser, url)
@@ -375,7 +374,6 @@ def test_fields_have_labels_and_only_status_lines_are_read_out(browser, url):
     assert {element.get_attribute("id") for element in read_out} == {"status", "live-status", "key-said"}
 
 
-@pytest.mark.slow
 def test_two_thousand_tokens_change_colour_within_50_ms(browser, url):
     answer(browser, url, max_tokens=2000)
     assert len(tokens(browser)) == 2000

@@ -5,10 +5,9 @@ import pytest
 from gshardx.infer.request import Request, SamplingParams
 from tests.infer.answers import answered
 from tests.infer.server.conftest import ROOMY
-from tests.infer.server.test_page import answer, browser, chromium, enter, load, panel, tokens, until  # noqa: F401
-from tests.infer.server.test_page import pytestmark as needs_chromium
+from tests.infer.server.test_page import answer, browser, chromium, load, needs_chromium, tokens  # noqa: F401
 
-pytestmark = [pytest.mark.slow, *([needs_chromium] if not isinstance(needs_chromium, list) else needs_chromium)]
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 
 def test_tokens_of_the_real_engine_wear_the_colours_of_their_experts(browser, served, tiny):  # noqa: F811
@@ -19,8 +18,6 @@ def test_tokens_of_the_real_engine_wear_the_colours_of_their_experts(browser, se
     fills = [bar["fill"] for bar in load(browser)]
     shown = tokens(browser)
     assert len(shown) == 20
-    for token, chosen in zip(shown, expected.experts[1:], strict=False):
+    for token, chosen in zip(shown[:-1], expected.experts[1:], strict=True):  # the last one went to none
         assert token["fill"] == fills[chosen[0][0]]
-    counted = until(browser, lambda: served.server.engine.stats.expert_load.sum())
-    assert counted > 0
     browser.get("about:blank")
