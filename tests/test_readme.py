@@ -1,6 +1,7 @@
 """What README shows works as it stands there."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.children import users_environment
+from tests.infer.server.test_serve import Process
 from tests.train.processes import finish, start
 
 ROOT = Path(__file__).parent.parent
@@ -60,3 +62,19 @@ def test_the_quickstart_reaches_what_it_promises(tmp_path):
     command = ("batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--run", str(run))
     said, _ = finish(start(ROOT, *command, "--max_new_tokens", "40", module="gshardx.infer"))
     assert "2 answers, 0 of them errors" in said
+
+    command = [sys.executable, "-m", "gshardx.infer", "serve", "--run", str(run), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as served:
+        try:
+            server = Process(served)
+            (curl,) = re.findall(r"^curl .*?'$", README, re.DOTALL | re.MULTILINE)
+            curl = curl.replace("http://127.0.0.1:8000", server.url)
+            done = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True)
+            assert done.stdout.endswith("data: [DONE]\n\n")
+            (client,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)
+            client = client.replace("http://127.0.0.1:8000", server.url)
+            subprocess.run([sys.executable, "-c", client], capture_output=True, check=True)
+            served.send_signal(signal.SIGTERM)
+            assert served.wait(20) == 0
+        finally:
+            served.kill()

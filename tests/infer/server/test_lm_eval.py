@@ -39,8 +39,8 @@ def test_lm_eval_finds_the_engines_loglikelihoods(served, tiny, tmp_path):
     )
     (tmp_path / "choices.yaml").write_text(TASK.format(file=tmp_path / "test.jsonl"))
     asked = f"model=tiny,base_url={served.url}/v1/completions,tokenizer_backend=remote,num_concurrent=4"
-    command = [PYTHON, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", asked, "--tasks", "choices",
-               "--include_path", tmp_path, "--log_samples", "--output_path", tmp_path / "out"]  # fmt: skip
+    command = [PYTHON, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", asked, "--log_samples",
+               "--tasks", "choices", "--include_path", tmp_path, "--output_path", tmp_path / "out"]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     subprocess.run(command, env=environment, check=True, timeout=300, cwd=tmp_path)
     (samples,) = (tmp_path / "out").rglob("samples_choices_*.jsonl")

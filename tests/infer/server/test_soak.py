@@ -32,7 +32,9 @@ OVERLOAD_SECONDS = float(os.environ.get("GSHARDX_OVERLOAD_SECONDS", "15"))
 GROWTH = 8 << 20
 """Bytes that the process may have grown between the first third and the end."""
 QUEUE = 16
-BODY = {"prompt": "To be or not", "max_tokens": 240, "ignore_eos": True, "stream": True}
+CALL = 0.03
+"""Seconds of a step in overload: more than this model's take, so that what else the machine does changes them less."""
+BODY = {"prompt": "To be or not", "max_tokens": 64, "ignore_eos": True, "stream": True}
 
 
 def resident():
@@ -164,8 +166,16 @@ def to_first(said):
 
 
 @pytest.fixture
-def watched(engine):
-    timeline = []
+def watched(engine, monkeypatch):
+    step, timeline = engine.step, []
+
+    def long_step():
+        ends = time.monotonic() + CALL
+        said = step()
+        time.sleep(max(0.0, ends - time.monotonic()))
+        return said
+
+    monkeypatch.setattr(engine, "step", long_step)
     with serving(engine, max_open=100_000, max_queue=QUEUE) as running:
         worker, slots = running.server.worker, running.server.admission.slots
         tell = worker._ended
@@ -234,4 +244,4 @@ def test_those_who_come_back_when_told_are_let_in(watched):
     print(f"\nlet in of those who came back after the load: {np.mean(after):.3f} of {len(after)}; while it lasted: "
           f"{np.mean(under or [0]):.3f} of {len(under)}")  # fmt: skip
     assert len(after) > len(under)
-    assert np.mean(after) > 0.9, "not all: the pace that was seen is that of a machine with other things to do"
+    assert np.mean(after) > 0.95, "all but a few, as the pace changes"
