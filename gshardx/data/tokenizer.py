@@ -54,7 +54,9 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Ids of ``text``, int32, no special tokens added."""
         try:
-            return np.asarray(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
+            # Without offsets it is three times as fast, and unlike encode a batch lets other threads run.
+            found = self.inner.encode_batch_fast([text], add_special_tokens=False)
+            return np.asarray(found[0].ids, np.int32)
         except TypeError as error:  # lone surrogates: what Python makes of bytes that are not UTF-8
             raise BadInput(f"text {text[:40]!r}: not Unicode; give UTF-8") from error
 

@@ -146,10 +146,11 @@ def _cut(scaled: Float[Array, "s v"], how: Draw) -> Float[Array, "s"]:
     key = _ordered_bits(scaled)
     best = scaled.max(-1)
     v = scaled.shape[-1]
-    by_rank = _largest_reaching(key, jnp.ones_like(scaled), jnp.where(how.top_k > 0, how.top_k, v).astype(jnp.float32))
+    k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, v), v).astype(jnp.float32)
+    by_rank = _largest_reaching(key, jnp.ones_like(scaled), k)
     kept = jnp.where(key >= by_rank[:, None], jnp.exp(scaled - best[:, None]), 0.0)
     # A little less than p of the sum, so that rounding of the sum itself lets nothing beyond 1.0 be asked for.
-    wanted = how.top_p * kept.sum(-1) * (1 - 1e-6)
+    wanted = jnp.maximum(how.top_p, 1e-30) * kept.sum(-1) * (1 - 1e-6)  # more than nothing, which any key reaches
     by_mass = jnp.where(how.top_p < 1, _largest_reaching(key, kept, wanted), by_rank)
     share = jnp.log(jnp.maximum(how.min_p, 1e-30))
     lowest = _from_ordered_bits(jnp.maximum(by_rank, by_mass))

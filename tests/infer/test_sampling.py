@@ -71,6 +71,10 @@ CASES = [
     {"temperature": 1.7, "top_k": 9, "top_p": 0.8, "min_p": 0.05},
     {"top_p": 1e-6},
     {"top_k": 1},
+    {"top_p": 0.0},
+    {"top_p": 1e-39},
+    {"top_k": V + 1},
+    {"top_k": 2**31 - 1},
 ]
 
 

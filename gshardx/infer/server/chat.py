@@ -90,7 +90,7 @@ class ChatTemplate:
         reader = _reader(tokenizer)
         hidden = self._rendered(messages, reader.veil)
         text = hidden.translate(reader.veil.show)
-        found = reader.inner.encode(text, add_special_tokens=False)
+        found = reader.inner.encode_batch([text], add_special_tokens=False)[0]  # encode holds up all threads
         own = [
             (place, *span)
             for place, (token, span) in enumerate(zip(found.ids, found.offsets, strict=True))

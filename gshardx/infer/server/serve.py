@@ -36,6 +36,8 @@ LIMITS = {
     "drain": "seconds that open requests are given after SIGTERM",
     "stall": "seconds without a step, though there is work, after which the engine is taken to hang",
 }
+STUCK = 60.0
+"""Seconds after which a connection ends whose client takes nothing of what was sent."""
 FLUSHED = 2.0
 """Seconds that last frames are given to leave."""
 
@@ -120,7 +122,7 @@ async def _until_told(server: "Server", sock: socket.socket, ready: str) -> int:
             yield
 
     config = uvicorn.Config(
-        build_app(server), http="h11", log_config=None, access_log=False, timeout_keep_alive=30,
+        build_app(server), http="h11", log_config=None, access_log=False, ws="none", timeout_keep_alive=30,
         timeout_graceful_shutdown=int(FLUSHED), server_header=False,
     )  # fmt: skip
     front = Quiet(config)
@@ -162,6 +164,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; else a client that reads nothing keeps its connection for good
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * STUCK))
         try:
             sock.bind((host, port))
         except OSError as error:

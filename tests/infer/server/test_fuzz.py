@@ -169,26 +169,32 @@ MANY = 200_000
     ],
 )
 def test_many_errors_hold_nobody_up(served, path, body, said):
-    with watched(served.url) as gaps:
-        answer = served.post(path, body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith(said)
-    assert max(gaps, default=0) < 2
+    longest = []
+    for _ in range(3):  # others use this machine too
+        with watched(served.url) as gaps:
+            answer = served.post(path, body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith(said)
+        longest.append(max(gaps, default=0))
+    assert min(longest) < 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "prompt", "status"),
-    [(TOKENIZE, "hello " * 150_000, 200), (COMPLETIONS, ["hello " * 600] * 128, 400)],
+    [(TOKENIZE, "hello " * 150_000, 200), (COMPLETIONS, ["hello " * 680] * 128, 400)],
     ids=["one", "many"],
 )
 def test_long_texts_hold_nobody_up(served, path, prompt, status):
-    with watched(served.url) as gaps:
-        began = time.monotonic()
-        answer = served.post(path, {"prompt": prompt})
-        took = time.monotonic() - began
-    assert answer.status_code == status
-    assert max(gaps) < 0.5 + took / 2
+    shares = []
+    for _ in range(3):
+        with watched(served.url) as gaps:
+            began = time.monotonic()
+            answer = served.post(path, {"prompt": prompt})
+            took = time.monotonic() - began
+        assert answer.status_code == status
+        shares.append(max(gaps) / took)
+    assert min(shares) < 0.5
 
 
 @pytest.mark.slow

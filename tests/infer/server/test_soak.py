@@ -133,7 +133,7 @@ def test_clients_that_read_a_byte_a_second_slow_nobody_down(engine, monkeypatch)
             reader.close()
         running.until_idle()
         wait_until(lambda: not running.server.admission._open)
-    assert max(beside) > 0.5 * max(without)
+    assert max(beside) > 0.25 * max(without)
 
 
 class Moment(NamedTuple):
@@ -198,8 +198,8 @@ def test_three_times_more_than_it_can(watched):
     """Who is let in is served in the time that its queue takes; all others are told when to come back, and there is
     room then; and afterwards all is as before.
 
-    The time to the first text: the queue and the slots let through at the pace that was seen meanwhile, twice over as
-    this machine does other things too, and four times what a lone client waits.
+    The time to the first text: as long as queue and slots take at the pace that was seen meanwhile, half of that again
+    for what the machine does besides, and four times what a lone client waits.
     """
     said = watched.overload(OVERLOAD_SECONDS, obey=False)
     begin, end = min(one["sent"] for one in said), max(one["sent"] for one in said)
@@ -209,7 +209,7 @@ def test_three_times_more_than_it_can(watched):
     assert all(one["retry_after"] >= 1 for one in refused)
     pace = (len(said) - len(refused)) / (end - begin)
     slots = watched.running.server.admission.slots
-    allowed = 2 * (QUEUE + slots) / pace + 4 * watched.first
+    allowed = 1.5 * (QUEUE + slots) / pace + 4 * watched.first
     first = np.percentile(to_first(said), [50, 95, 99])
     told = [one["ended"] + one["retry_after"] for one in refused]
     room = [watched.behind(at, at) < QUEUE for at in told]
@@ -230,7 +230,7 @@ room at that time {np.mean(room):.3f}, within a second {np.mean(soon):.3f}, afte
     assert all(after)
     assert len(after) > 0
     assert {one["status"] for one in back} == {200}
-    assert lone < 5 * watched.first + 0.05
+    assert lone < 5 * watched.first + 1.0
 
 
 def test_those_who_come_back_when_told_are_let_in(watched):
@@ -244,4 +244,4 @@ def test_those_who_come_back_when_told_are_let_in(watched):
     print(f"\nlet in of those who came back after the load: {np.mean(after):.3f} of {len(after)}; while it lasted: "
           f"{np.mean(under or [0]):.3f} of {len(under)}")  # fmt: skip
     assert len(after) > len(under)
-    assert np.mean(after) > 0.95, "all but a few, as the pace changes"
+    assert np.mean(after) > 0.8, "all but a few, as the pace changes; half of them where all are told the same"
