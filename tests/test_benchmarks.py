@@ -55,6 +55,21 @@ def test_the_data_benchmark_holds_every_packing_to_its_goal():
     assert "goal: the pipeline's share of a step at 50,000 tokens/s at most 3 %" in printed
 
 
+@pytest.mark.slow
+def test_every_row_of_the_serving_benchmark(tmp_path):
+    """But llama.cpp's, which is not there: the table says so."""
+    flags = ("--small", "--seconds", "1", "--rounds", "1", "--llama_python", str(tmp_path / "none"))
+    printed = output("serve_cpu.py", *flags, "--output", str(tmp_path / "table.md"))
+    assert (tmp_path / "table.md").read_text() == printed
+    assert [line for line in printed.splitlines() if "not measured" in line] == [
+        "- llama.cpp's server: not measured: pip install 'llama-cpp-python[server]' gguf, there or in --llama_python PYTHON"
+    ]
+    for row in ("4 streams: tokens/s", "/health, 2 connections: requests/s", "at 80% of the capacity: TTFT p90 ms"):
+        assert f"| {row} | " in printed
+    assert "| programs compiled meanwhile | 0 |" in printed
+    assert "measures nothing" in printed
+
+
 @pytest.fixture
 def benchmark_modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
