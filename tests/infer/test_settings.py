@@ -3,7 +3,7 @@
 import pytest
 
 from gshardx.errors import BadInput
-from gshardx.infer.settings import EngineConfig
+from gshardx.infer.settings import SCORES, EngineConfig
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8, 33, 64, 100, 256, 1000])
@@ -23,9 +23,9 @@ def test_a_lone_sequence_has_a_program_of_its_own_size():
 
 
 def test_places_to_draw_are_whole_tiles():
-    assert EngineConfig(slots=32).samples() == 32
-    assert EngineConfig(slots=33).samples() == 64
-    assert EngineConfig(slots=3, drafts="prompt_lookup", draft_depth=4).samples() == 15
+    assert EngineConfig(slots=32).samples() == 32 + SCORES
+    assert EngineConfig(slots=33).samples() == 64 + SCORES
+    assert EngineConfig(slots=3, drafts="prompt_lookup", draft_depth=4).samples() == 32 + SCORES
 
 
 @pytest.mark.parametrize(

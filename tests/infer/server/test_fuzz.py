@@ -97,7 +97,7 @@ def say(served):
     return answer.json()["choices"][0]["text"]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_ten_thousand_malformed_requests_harm_nobody(served):
     expected, answered = say(served), 0
     with watched(served.url) as gaps, overheard() as errors, ThreadPoolExecutor(4) as pool:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.children import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 LONG = 2500
 """Tokens of an answer that takes seconds."""
 
@@ -69,7 +69,7 @@ def running(cache, *flags):
 def ask(url, stream, tokens):
     """How an answer ended: its last frame, or its only body."""
     body = {"prompt": "To be", "max_tokens": tokens, "ignore_eos": True, "stream": stream}
-    found = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    found = httpx.post(f"{url}/v1/completions", json=body, timeout=300)
     if not stream or found.status_code != 200:
         return found.status_code, found.json()
     frames = [frame for frame in found.text.split("\n\n") if frame]
@@ -89,7 +89,7 @@ def until_open(server, count):
 
 
 def test_told_to_go_it_lets_open_requests_end_and_takes_no_more(cache):
-    with running(cache) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with running(cache, "--drain", "300") as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, server.url, number % 2 == 0, LONG) for number in range(8)]
         until_open(server, 8)
         server.process.send_signal(signal.SIGTERM)
