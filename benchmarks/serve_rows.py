@@ -229,6 +229,8 @@ def under_load(bench: Bench, server: Serving, llama: Serving | None, note: str) 
     their_capacity, theirs = [], []
     for _ in range(bench.rounds):
         asked = bodies(bench.prompts(4096, sizes.prompt), sizes.short)
+        for number, body in enumerate(asked):  # of many lengths, lest all end at once
+            body["max_tokens"] = sizes.short // 2 + number % (sizes.short + 1)
         capacity.append(closed_loop(server, "/v1/completions", asked, sizes.busy, bench.seconds)["requests_per_second"])
         rate = ("--rate", f"{LOAD * capacity[-1]}", "--seconds", f"{bench.seconds}")
         calm.append(bench.open_loop(server, *calmly(bench, server)))

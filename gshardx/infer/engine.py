@@ -13,8 +13,8 @@ One thread may use an engine; it keeps one call of the device ahead of the resul
 import collections
 import contextlib
 import dataclasses
+import time
 from collections.abc import Hashable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -30,8 +30,9 @@ from gshardx.infer.exchange import choose_exchange
 from gshardx.infer.fill import fill_decode, fill_step
 from gshardx.infer.grammar import Grammars
 from gshardx.infer.live import Live
+from gshardx.infer.pace import Pace
 from gshardx.infer.program import DeviceState
-from gshardx.infer.programs import agreeing_programs
+from gshardx.infer.programs import Call, agreeing_programs
 from gshardx.infer.quantize import quantize
 from gshardx.infer.request import Output, Request, SamplingParams
 from gshardx.infer.scheduler import NeedsResults, Plan, Scheduler, Segment, Sequence
@@ -75,11 +76,13 @@ class _Flight:
     """A call whose results have not been read."""
 
     plan: Plan
+    call: Call
+    steps: int
+    """Of the call, one after the other: tiles of ``step``, tokens of ``decode``."""
     result: jax.Array
-    read: Any
-    """From the words of the result to its fields."""
     places: list[list[range]]
     """Of each segment of each shard, its places in the result; of ``decode`` one, with tokens in turn."""
+    begun: float = dataclasses.field(default_factory=time.perf_counter)
 
 
 class Engine:
@@ -136,6 +139,7 @@ class Engine:
         self._flights: collections.deque[_Flight] = collections.deque()
         self._ahead = 0 if one_program_at_a_time(mesh) else 1
         self._early: list[Output] = []
+        self._pace, self._read_at = Pace(config.ahead_ms), 0.0
 
     @property
     def idle(self) -> bool:
@@ -222,10 +226,20 @@ class Engine:
             drafts = self._wanted_drafts(self._drafter)
         started = False
         with contextlib.suppress(NeedsResults):
-            started = bool(self._live) and self._start(1 if constrained else self.config.steps, drafts)
-        while self._flights and (not started or len(self._flights) > self._ahead):
+            started = bool(self._live) and self._start(1 if constrained else self._steps(), drafts)
+        while self._flights and (not started or len(self._flights) > self._ahead or self._far_ahead()):
             said += self._read(self._flights.popleft())
         return said
+
+    def _steps(self) -> int:
+        """Tokens to draw in one call where all write. Where no slot is free, nobody could come in between."""
+        if not any(shard.slots for shard in self.scheduler.shards):
+            return self.config.steps
+        rows = max(len(shard.running) for shard in self.scheduler.shards)
+        return self._pace.steps(self.programs.decode_for(rows), self.config.steps)
+
+    def _far_ahead(self) -> bool:
+        return self._pace.enough((flight.call, flight.steps) for flight in self._flights)
 
     def _wanted_drafts(self, drafter: Drafter) -> dict[Sequence, int]:
         """How many tokens to guess for whom. Penalties depend on the tokens between, so they go without."""
@@ -299,7 +313,7 @@ class Engine:
         tile = min(self.sizes.tile, given["token"].shape[1])
         self.stats.padded_tokens += self.sizes.shards * int(given["tiles"]) * tile
         self._state, result = call(self._variables, self._state, buffer)
-        return _Flight(plan, result, call.result.views, places)
+        return _Flight(plan, call, int(given["tiles"]), result, places)
 
     def _decode_call(self, plan: Plan) -> _Flight:
         call = self.programs.decode_for(max(map(len, plan.segments)))
@@ -308,9 +322,8 @@ class Engine:
         self.stats.tokens += int(given["limit"].sum())
         self.stats.padded_tokens += given["position"].size * int(given["steps"])
         self._state, result = call(self._variables, self._state, buffer)
-        return _Flight(
-            plan, result, call.result.views, [[range(i, i + 1) for i in range(len(one))] for one in plan.segments]
-        )
+        places = [[range(i, i + 1) for i in range(len(one))] for one in plan.segments]
+        return _Flight(plan, call, plan.steps, result, places)
 
     def _read_all(self) -> list[Output]:
         said = []
@@ -319,7 +332,9 @@ class Engine:
         return said
 
     def _read(self, flight: _Flight) -> list[Output]:
-        found = flight.read(fetch(flight.result))
+        found = flight.call.result.views(fetch(flight.result))
+        began, self._read_at = max(flight.begun, self._read_at), time.perf_counter()  # one runs after the other
+        self._pace.learn(flight.call, flight.steps, self._read_at - began)
         load = found.pop("load").sum(0)
         self.stats.expert_load += load[:, :-1]
         self.stats.dropped_choices += int(load[:, -1].sum())

@@ -67,7 +67,9 @@ def mesh_of(arguments: argparse.Namespace) -> MeshConfig:
     return MeshConfig(**{axis: getattr(arguments, f"mesh_{axis}") for axis in MeshConfig().shape})
 
 
-def engine_of(arguments: argparse.Namespace, run: LoadedRun, sequences: int, added: int) -> Engine:
+def engine_of(
+    arguments: argparse.Namespace, run: LoadedRun, sequences: int, added: int, ahead_ms: float | None = None
+) -> Engine:
     """An engine for at most ``sequences`` at once, ``added`` tokens longer than was trained unless a flag says so.
 
     Raises:
@@ -81,6 +83,7 @@ def engine_of(arguments: argparse.Namespace, run: LoadedRun, sequences: int, add
     config = EngineConfig(
         slots=-(-min(arguments.batch_size, sequences) // shards),
         max_length=arguments.max_length or run.config.data.sequence_length + added,
+        ahead_ms=ahead_ms,
         **{
             name: value
             for name in ("weights", "kv_dtype", "attention", "drafts")

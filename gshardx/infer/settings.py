@@ -45,6 +45,10 @@ class EngineConfig:
     """Rows of a matrix product at most; halved where that is what it takes for all programs to give the same bits."""
     steps: int = 8
     """Tokens that a sequence may write in one call, where all are writing."""
+    ahead_ms: float | None = None
+    """Milliseconds of work that the device is given in advance at most, as far as single steps allow: who comes
+    meanwhile waits for it. Default: a call beyond the one that runs, each of ``steps`` tokens, which gives most tokens
+    a second. For one process: clocks of several differ, and so would their plans."""
     programs: int = 9
     """To compile at most, those of a drafter left out: more fit calls better, and take longer to start."""
     kv_dtype: str | None = None
@@ -69,6 +73,8 @@ class EngineConfig:
             value = getattr(self, field.name)
             if isinstance(value, int) and value < 1:
                 raise BadInput(f"{field.name} = {value}: must be 1 or more")
+        if self.ahead_ms is not None and not self.ahead_ms > 0:
+            raise BadInput(f"ahead_ms = {self.ahead_ms:g}: must be over 0")
         for name, values in (
             ("kv_dtype", KV_DTYPES),
             ("attention", ATTENTION),

@@ -107,6 +107,13 @@ def test_engines_of_other_sizes_answer_alike(model, requests, usual, name):
     assert answered(model.engine(dataclasses.replace(SMALL, **OTHER[name])), requests) == usual
 
 
+def test_little_ahead_answers_alike_in_shorter_calls(model, engine, requests, usual):
+    short, before = model.engine(dataclasses.replace(SMALL, ahead_ms=1e-3)), engine.stats.calls
+    assert answered(short, plain(5, 2)) == answered(engine, plain(5, 2))
+    assert engine.stats.calls - before < 9 <= short.stats.calls  # nine tokens each
+    assert answered(short, requests) == usual
+
+
 @pytest.mark.slow
 def test_prefixes_are_found_and_change_nothing(model, engine, requests, usual):
     fresh = model.engine()

@@ -168,17 +168,31 @@ class EventStream(Response):
         self._events, self._done = events, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sent(message: Message) -> None:
-            async with asyncio.timeout(STUCK):
-                await send(message)
+        loop, since = asyncio.get_running_loop(), float("inf")
 
+        async def sent(message: Message) -> None:
+            nonlocal since
+            since = loop.time()
+            await send(message)
+            since = float("inf")
+
+        def look() -> None:  # now and then: a timer for each frame is a tenth of what a frame takes
+            nonlocal looking
+            if loop.time() - since > STUCK:
+                patience.reschedule(loop.time())
+            else:
+                looking = loop.call_later(STUCK / 4, look)
+
+        looking = loop.call_later(STUCK / 4, look)
         try:
-            await sent({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for body in self._events:
-                await sent({"type": "http.response.body", "body": body, "more_body": True})
-            await sent({"type": "http.response.body", "body": b""})
+            async with asyncio.timeout(None) as patience:
+                await sent({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                async for body in self._events:
+                    await sent({"type": "http.response.body", "body": body, "more_body": True})
+                await sent({"type": "http.response.body", "body": b""})
         except TimeoutError:
             LOGGER.info("a client took nothing for %g s; it is left", STUCK)
         finally:
+            looking.cancel()
             await self._events.aclose()
             self._done()

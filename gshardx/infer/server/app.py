@@ -1,10 +1,8 @@
 """The routes of the server: OpenAI's, those of operators, and the playground."""
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -14,37 +12,33 @@ from typing import Any
 import numpy as np
 from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import gshardx
 from gshardx.data.tokenizer import Tokenizer
 from gshardx.errors import BadInput
 from gshardx.infer.engine import Engine
 from gshardx.infer.request import Request, SamplingParams
-from gshardx.infer.server.answering import ClientGone, EventStream, Failed, Job, frames, told, whole
+from gshardx.infer.server.answering import EventStream, Job, frames, whole
 from gshardx.infer.server.chat import ChatTemplate
-from gshardx.infer.server.frames import Chat, Completions, Json, Voice, error_body
+from gshardx.infer.server.errors import ERRORS, add_errors
+from gshardx.infer.server.frames import Chat, Completions, Json, Voice
 from gshardx.infer.server.keys import Keys
-from gshardx.infer.server.limits import Admission, Limits, Refused
+from gshardx.infer.server.limits import Admission, Limits
 from gshardx.infer.server.metrics import ServerCollector, Timings, registry
 from gshardx.infer.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
 from gshardx.infer.server.tokens import TokenTexts
-from gshardx.infer.server.worker import LOGGER, EngineDown, Worker
+from gshardx.infer.server.transport import Bounded
+from gshardx.infer.server.worker import LOGGER, Worker
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 LONG_TEXT = 4096
 """Characters from which texts are tokenised on another thread: some milliseconds in which others are served."""
-UPLOAD = 60.0
-"""Seconds between two pieces of a body at most."""
-CLOSE = {"Connection": "close"}
 COMPILING = 2
 """Schemas at once. One may take seconds, and texts are tokenised on the same threads."""
 
@@ -139,10 +133,10 @@ def build_app(server: Server) -> FastAPI:
 
     app = FastAPI(title="gshardx", version=gshardx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
                   redirect_slashes=False, responses=ERRORS)  # fmt: skip
-    _add_errors(app)
+    add_errors(app)
     bearer = HTTPBearer(auto_error=False, description="an API key; none is needed where the server has no keys")
 
-    def known(http: HttpRequest, given: HTTPAuthorizationCredentials | None = Depends(bearer)) -> str:  # noqa: B008
+    async def known(http: HttpRequest, given: HTTPAuthorizationCredentials | None = Depends(bearer)) -> str:  # noqa: B008
         if server.keys is None:
             return http.client.host if http.client else "somebody"
         owner = server.keys.owner(given.credentials if given else None)
@@ -251,19 +245,6 @@ def build_app(server: Server) -> FastAPI:
     return app
 
 
-class Trouble(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """OpenAI's form."""
-
-    error: Trouble
-
-
 class Ready(BaseModel):
     """status: what is wrong, if anything."""
 
@@ -276,119 +257,6 @@ class Health(Ready):
     steps: int
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": said}
-    for status, said in (
-        (400, "what is wrong with the request"),
-        (401, "no valid API key"),
-        (404, "no such model, or no such path"),
-        (408, "the body did not arrive in time"),
-        (413, "the body is too large"),
-        (429, "too much waits; Retry-After says when there should be room"),
-        ("4XX", "something else is wrong with the request"),  # and so FastAPI adds no 422, which is never sent
-        (500, "something went wrong in the server"),
-        (503, "the engine is down, or the server about to be"),
-        (504, "it took too long"),
-    )
-}
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "whole, or with stream in events", "content": {EventStream.media_type: {}}}
 }
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-def _add_errors(app: FastAPI) -> None:
-    """One body for all of them; what went wrong inside is logged, not told."""
-
-    def body(status: int, message: str, code: str | None = None, headers: Any = None) -> JSONResponse:
-        kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        return JSONResponse(error_body(message, kind, code), status, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def wrong_form(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        return body(400, _first(error))
-
-    @app.exception_handler(BadInput)
-    async def wrong_value(_: HttpRequest, error: BadInput) -> JSONResponse:
-        return body(400, re.sub(r"^request \S+: ", "", " ".join(str(error).split())))
-
-    @app.exception_handler(RecursionError)
-    async def too_deep(_: HttpRequest, error: RecursionError) -> JSONResponse:
-        return body(400, "the body is nested too deeply")
-
-    @app.exception_handler(HTTPException)
-    async def plain(_: HttpRequest, error: HTTPException) -> JSONResponse:
-        return body(error.status_code, str(error.detail), headers=error.headers)
-
-    @app.exception_handler(Refused)
-    async def later(_: HttpRequest, error: Refused) -> JSONResponse:
-        return body(429, str(error), "overloaded", {"Retry-After": str(error.seconds)})
-
-    async def ended(_: HttpRequest, error: Exception) -> JSONResponse:
-        status = {TimeoutError: 504, Failed: 500}.get(type(error), 503)
-        message, _kind, code = told(error)
-        return body(status, message, code, {"Retry-After": "5"} if status == 503 else None)
-
-    for kind in (TimeoutError, Failed, EngineDown):
-        app.add_exception_handler(kind, ended)
-
-    @app.exception_handler(ClientGone)
-    async def gone(_: HttpRequest, error: ClientGone) -> Response:
-        return Response(status_code=499)  # nginx's number; nobody reads it
-
-    @app.exception_handler(Exception)
-    async def bug(_: HttpRequest, error: Exception) -> JSONResponse:
-        return body(500, "something went wrong in the server")
-
-
-def _first(error: RequestValidationError) -> str:
-    """The first thing that is wrong, in one line, without the values that were sent."""
-    found = error.errors()[0]
-    if found["type"] == "json_invalid":
-        return f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][-1]}"
-    where = ".".join(str(part)[:64] for part in found["loc"] if part != "body")
-    said = str(found["msg"]).removeprefix("Value error, ")
-    return f"{where}: {said}" if where else said
-
-
-class Bounded:
-    """Refuses bodies that are too large or too slow, or whose end is told in two ways, and counts answers."""
-
-    def __init__(self, app: ASGIApp, limit: int, answered: collections.Counter[tuple[str, int]]) -> None:
-        self._app, self._limit, self._answered = app, limit, answered
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        size, read, whole = int(headers.get("content-length", 0)), 0, False
-        # Who waits for a go-ahead sends no body after this, and what it sends next must not be taken for one.
-        over = HTTPException(413, f"the body is over {self._limit} bytes", CLOSE if "expect" in headers else None)
-
-        async def bounded() -> Message:
-            nonlocal read, whole
-            if size > self._limit:
-                raise over
-            try:
-                message = await (receive() if whole else asyncio.wait_for(receive(), UPLOAD))
-            except TimeoutError as error:
-                raise HTTPException(408, f"the body did not arrive within {UPLOAD:g} s", CLOSE) from error
-            if message["type"] == "http.request":
-                read, whole = read + len(message.get("body", b"")), not message.get("more_body")
-                if read > self._limit:
-                    raise over
-            return message
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                self._answered[route, message["status"]] += 1
-            await send(message)
-
-        if "transfer-encoding" in headers and "content-length" in headers:
-            said = error_body("give Content-Length or Transfer-Encoding, not both", "invalid_request_error")
-            # A proxy may have taken the other one for the body's end: what follows here may be another's request.
-            await JSONResponse(said, 400, CLOSE)(scope, receive, counted)
-        else:
-            await self._app(scope, bounded, counted)

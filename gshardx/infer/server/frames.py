@@ -9,6 +9,7 @@ from gshardx.infer.request import FinishReason, Logprob, Output
 from gshardx.infer.server.tokens import TokenTexts
 
 Json = dict[str, Any]
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Part(NamedTuple):
@@ -164,7 +165,7 @@ def error_body(message: str, kind: str, code: str | None = None, param: str | No
 
 def event(body: Json) -> bytes:
     """A frame of server-sent events."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + ENCODER.encode(body).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

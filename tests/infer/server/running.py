@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import socket
 import threading
 import time
 from pathlib import Path
@@ -13,6 +12,8 @@ import uvicorn
 from gshardx.infer.server.app import Server, build_app
 from gshardx.infer.server.chat import load_template
 from gshardx.infer.server.limits import Limits
+from gshardx.infer.server.serve import listening
+from gshardx.infer.server.transport import Connection
 
 
 @dataclasses.dataclass
@@ -40,9 +41,8 @@ class Running:
 def serving(engine, keys=None, template=None, **limits):
     """Until the block ends."""
     server = Server(engine, "tiny", template or load_template(Path("nowhere"), None), keys, Limits(**limits))
-    front = uvicorn.Server(uvicorn.Config(build_app(server), http="h11", log_level="warning"))
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+    front = uvicorn.Server(uvicorn.Config(build_app(server), http=Connection, log_level="warning"))
+    with listening("127.0.0.1", 0) as sock:
         thread = threading.Thread(target=front.run, args=([sock],), daemon=True)
         thread.start()
         while not front.started:

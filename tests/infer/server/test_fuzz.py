@@ -2,7 +2,6 @@
 
 import json
 import random
-import socket
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,6 @@ from tests.infer.server.malformed import (
     CHAT,
     COMPLETIONS,
     DETOKENIZE,
-    JSON,
     TOKENIZE,
     Trial,
     check,
@@ -108,35 +106,6 @@ def test_ten_thousand_malformed_requests_harm_nobody(served):
     assert answered > 9000
     assert not errors
     assert max(gaps) < 3
-
-
-def exchanged(served, sent):
-    """All that comes back until the server ends the connection."""
-    host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), 10) as sock:
-        sock.sendall(sent)
-        return b"".join(iter(lambda: sock.recv(1 << 16), b""))
-
-
-def test_a_body_whose_end_is_told_in_two_ways_is_no_way_to_another_request(served):
-    hidden = b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n"
-    headers = [JSON, b"Content-Length: %d" % (5 + len(hidden)), b"Transfer-Encoding: chunked"]
-    said = exchanged(served, wire("POST", TOKENIZE, headers, b"0\r\n\r\n" + hidden))
-    assert said.startswith(b"HTTP/1.1 400 ")
-    assert said.count(b"HTTP/1.1") == 1
-    assert b"not both" in said
-
-
-def test_a_body_that_would_be_too_large_is_refused_before_it_is_sent(served):
-    headers = [JSON, b"Content-Length: %d" % (1 << 40), b"Expect: 100-continue"]
-    said = exchanged(served, wire("POST", TOKENIZE, headers, b""))
-    assert said.startswith(b"HTTP/1.1 413 ")
-
-
-def test_a_body_that_does_not_come_is_not_waited_for(served, monkeypatch):
-    monkeypatch.setattr("gshardx.infer.server.app.UPLOAD", 0.1)
-    said = exchanged(served, wire("POST", TOKENIZE, [JSON, b"Content-Length: 9"], b"{"))
-    assert said.startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_path_with_one_slash_more_is_another(served):
