@@ -169,6 +169,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop, since = asyncio.get_running_loop(), float("inf")
+        looking: asyncio.TimerHandle
 
         async def sent(message: Message) -> None:
             nonlocal since
