@@ -63,6 +63,11 @@ def test_the_quickstart_reaches_what_it_promises(tmp_path):
     said, _ = finish(start(ROOT, *command, "--max_new_tokens", "40", module="gshardx.infer"))
     assert "2 answers, 0 of them errors" in said
 
+    for line in re.findall(r"^python (-m gshardx.checkpoint .*)$", README, re.MULTILINE):
+        subprocess.run([sys.executable, *line.split()], cwd=tmp_path, capture_output=True, check=True)
+    command = ("generate", "--run", str(tmp_path / "runs" / "weights"), "--prompt", "To be")
+    assert finish(start(ROOT, *command, module="gshardx.infer"))[0].startswith("To be")
+
     command = [sys.executable, "-m", "gshardx.infer", "serve", "--run", str(run), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as served:
         try:

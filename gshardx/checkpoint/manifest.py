@@ -74,15 +74,15 @@ def damage(folder: Path, manifest: Manifest, below: str | tuple[str, ...] = "") 
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
         if found is None:
-            return f"{_array(name)} is damaged ({name} is missing)"
+            return f"{array_of(name)} is damaged ({name} is missing)"
         if found != size:
-            return f"{_array(name)} is damaged ({name}: {found} of {size} bytes)"
+            return f"{array_of(name)} is damaged ({name}: {found} of {size} bytes)"
         if _sha256(path) != digest:
-            return f"{_array(name)} is damaged ({name}: checksum differs)"
+            return f"{array_of(name)} is damaged ({name}: checksum differs)"
     return None
 
 
-def _array(file: str) -> str:
+def array_of(file: str) -> str:
     """The array that a file belongs to: Orbax keeps each in a folder ITEM/NAME."""
     return "/".join(file.split("/")[:2])
 

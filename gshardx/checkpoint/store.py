@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from gshardx.checkpoint.arrays import FLOATS
 from gshardx.checkpoint.manifest import NAME, Manifest, Shapes, damage, read_manifest, write_manifest
 from gshardx.errors import BadInput
 from gshardx.sharding.distributed import exchange, on_first
@@ -127,7 +128,7 @@ def newest_good_step(
         report: where lines go.
         below: look at earlier steps only.
     """
-    for step in reversed([step for step in _step_folders(folder) if below is None or step < below]):
+    for step in reversed([step for step in step_folders(folder) if below is None or step < below]):
         manifest = read_manifest(folder / str(step))
         if manifest is None:
             state = (
@@ -146,7 +147,7 @@ def newest_good_step(
 
 def set_aside(folder: Path, after: int) -> None:
     """Move every step later than ``after`` to RUN_DIR/damaged, so that it can be saved again and nothing is lost."""
-    for step in _step_folders(folder):
+    for step in step_folders(folder):
         if step > after:
             target = folder.parent / "damaged" / str(step)
             target.parent.mkdir(exist_ok=True)
@@ -158,7 +159,8 @@ def set_aside(folder: Path, after: int) -> None:
 def load(folder: Path, step: int, abstract: Items) -> Items:
     """Read the items named in ``abstract`` from a step, each array straight into the sharding that ``abstract`` gives.
 
-    A Grain iterator in ``abstract`` is set to the saved position.
+    A Grain iterator in ``abstract`` is set to the saved position. Floats of another type are converted
+    (:mod:`gshardx.checkpoint.export` writes them).
 
     Raises:
         BadInput: names, shapes or dtypes differ from what was saved; lists the first few differences.
@@ -173,7 +175,7 @@ def load(folder: Path, step: int, abstract: Items) -> Items:
 
 def finished_steps(folder: Path) -> list[int]:
     """Steps with a manifest, ascending; their files are not looked at."""
-    return [step for step in _step_folders(folder) if read_manifest(folder / str(step)) is not None]
+    return [step for step in step_folders(folder) if read_manifest(folder / str(step)) is not None]
 
 
 def array_shapes(items: Items) -> Shapes:
@@ -195,11 +197,17 @@ def _compare(step: Path, expected: Shapes, manifest: Manifest) -> None:
     lines = [
         f"{name}: model expects {expected.get(name, 'nothing')}, checkpoint has {found.get(name, 'nothing')}"
         for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
+        if not _suits(expected.get(name), found.get(name))
     ]
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise BadInput(f"{step}: {'; '.join(lines[:3])}{more}. Use the config that it was trained with")
+
+
+def _suits(expected: tuple[list[int], str] | None, found: tuple[list[int], str] | None) -> bool:
+    if expected is None or found is None:
+        return False
+    return expected == found or (expected[0] == found[0] and expected[1] in FLOATS and found[1] in FLOATS)
 
 
 def _context() -> ocp.Context:
@@ -231,7 +239,8 @@ def _bytes_to_write(items: Items) -> int:
     return chunks + len(arrays) * 2 * _BLOCK + len(items) * 8 * _BLOCK
 
 
-def _step_folders(folder: Path) -> list[int]:
+def step_folders(folder: Path) -> list[int]:
+    """Steps that have a folder, ascending, finished or not."""
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gshardx.checkpoint.lock import hold
 from gshardx.checkpoint.store import CheckpointStore
 from gshardx.config import Config
 from gshardx.data.pipeline import training_rows
@@ -45,7 +46,7 @@ def train(config: Config, run: RunDir, command: str) -> int:
     Raises:
         BadInput: see the parts.
     """
-    with on_first(run.lock) or nullcontext():
+    with on_first(lambda: hold(run.path)) or nullcontext():
         on_first(lambda: tell_changes(config, run))
         text = together(lambda: read_text(config.data, config.seed))
         if text.skipped:

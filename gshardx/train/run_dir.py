@@ -1,10 +1,8 @@
 """RUN_DIR: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/STEP; one trainer at a time."""
 
 import dataclasses
-import fcntl
 import hashlib
 from pathlib import Path
-from typing import IO
 
 from gshardx.cli import config_yaml, flatten, read_config
 from gshardx.config import Config
@@ -70,25 +68,6 @@ class RunDir:
     @property
     def has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-
-    def lock(self) -> IO[str]:
-        """Create the directory and hold it for this process as long as the returned file is open.
-
-        Raises:
-            BadInput: it can't be written, or another process trains in it.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            held = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise BadInput(
-                f"run_dir {self.path}: can't be written ({error.strerror}); choose another --run_dir"
-            ) from error
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadInput(f"run_dir {self.path}: another process trains in it; wait for it or use another") from error
-        return held
 
     def write_config(self, config: Config) -> None:
         scratch = self.config.with_suffix(".tmp")

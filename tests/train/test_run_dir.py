@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import subprocess
-import sys
 
 import pytest
 
@@ -39,51 +37,6 @@ def test_a_run_has_checkpoints_once_there_is_something_in_their_folder(run):
     assert not run.has_checkpoints
     (run.checkpoints / "100").mkdir()
     assert run.has_checkpoints
-
-
-def test_the_lock_creates_the_folder_and_is_held_by_one(tmp_path):
-    run = RunDir(tmp_path / "deep" / "run")
-    with run.lock():
-        assert run.path.is_dir()
-        with pytest.raises(BadInput, match=r"deep/run: another process trains in it"):
-            RunDir(run.path).lock()
-        with RunDir(tmp_path / "other").lock():
-            pass  # another run is free
-    with run.lock():
-        pass  # and so is this one, once it is let go
-
-
-def test_the_lock_keeps_out_another_process_until_its_holder_dies(run):
-    run.path.mkdir()
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import fcntl, sys; held = open(sys.argv[1], 'w'); fcntl.flock(held, fcntl.LOCK_EX);"
-            "print('held', flush=True); sys.stdin.read()",
-            str(run.path / ".lock"),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(BadInput, match="another process trains in it"):
-            run.lock()
-    finally:
-        holder.kill()
-        holder.communicate()
-    run.lock().close()
-
-
-@pytest.mark.parametrize("place", ["file", "file/run", "n" * 300, "run"])
-def test_a_place_that_cannot_be_written_is_named(tmp_path, place):
-    (tmp_path / "file").write_text("in the way")
-    (tmp_path / "run" / ".lock").mkdir(parents=True)
-    with pytest.raises(BadInput, match=r"can't be written.*--run_dir") as caught:
-        RunDir(tmp_path / place).lock()
-    assert str(tmp_path / place) in str(caught.value)
 
 
 def test_the_written_config_is_the_config(run):
