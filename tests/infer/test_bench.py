@@ -176,6 +176,15 @@ def test_people_get_a_table(served, server, capsys):
     assert "to the first text (TTFT)" in said
 
 
+@pytest.fixture
+def interruptible():
+    """As started by hand: a shell's background jobs ignore SIGINT, and so do their children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_reports_what_was_done(sent, server):
     def interrupt():
         if len(server.bodies) == 4:
