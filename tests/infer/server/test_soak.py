@@ -15,12 +15,12 @@ import statistics
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from gshardx.infer.server.serve import listening
 from tests.infer.answers import assert_everything_is_back
 from tests.infer.server.crowd import answers, crowd
 from tests.infer.server.running import serving
@@ -94,12 +94,13 @@ def throughput(running, seconds=2.0):
 def test_clients_that_read_a_byte_a_second_slow_nobody_down(engine, monkeypatch):
     """Eight of them, each with more to read than all buffers on the way hold."""
 
-    def narrow():
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        return sock
+    @contextlib.contextmanager
+    def narrow(host, port):
+        with listening(host, port) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+            yield sock
 
-    monkeypatch.setattr("tests.infer.server.running.socket", SimpleNamespace(socket=narrow))
+    monkeypatch.setattr("tests.infer.server.running.listening", narrow)
     body = json.dumps({"prompt": ["a", "b", "c", "d"], "n": 2, "logprobs": 20, "max_tokens": 200, "ignore_eos": True,
                        "stream": True}).encode()  # fmt: skip
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
