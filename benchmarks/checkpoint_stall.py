@@ -49,7 +49,7 @@ class Run:
         self.step += 1
 
     def save(self) -> None:
-        self.store.save(self.step, items_of(self.state, self.rows), force=True)
+        self.store.save(self.step, items_of(self.state, self.rows))
 
     def save_and_wait(self) -> None:
         self.save()

@@ -45,7 +45,7 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     simulate_devices(1)
     run = load_run(args.run, MeshConfig())
-    documents, _ = open_sources(run.config.data, Faults()).held_out_documents(Faults())
+    documents = open_sources(run.config.data, Faults()).held_out_documents(Faults()).documents
     tokens = np.concatenate(documents)[: args.sequences * SEQUENCE].reshape(-1, SEQUENCE)
     full, whole = scores(run, tokens), weight_bytes(run, None)
     rows = []

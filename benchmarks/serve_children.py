@@ -47,7 +47,7 @@ def make(folder: Path, shape: Shape) -> None:
     variables = Variables(plan.init(jax.random.key(0)), plan.init_router())
     run.write_config(config)
     store = CheckpointStore(run.checkpoints, 1, 1, {"tokenizer": run.keep_tokenizer(tokenizer)})
-    store.save(0, items_of(variables), force=True)
+    store.save(0, items_of(variables))
     store.close()
     flat = jax.tree_util.tree_flatten_with_path(variables.params)[0]
     np.savez(

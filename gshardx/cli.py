@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import gc
 import logging
 import os
 import re
@@ -23,7 +24,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
-    """Call ``main`` with the command line and exit: 0 done, 2 bad input (one line), 1 a bug (traceback)."""
+    """Call ``main`` with the command line and exit: 0 done, 1 a bug, 2 bad input, 3 others missing (a line)."""
     # Libraries' own notices on stderr (Orbax's OCDBT merge) bury the one line that matters.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     without_an_absent_tpu()
@@ -33,7 +34,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
         sys.stdout.flush()
     except BadInput as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        code = error.exit_code
     except BrokenPipeError:  # the reader of a pipe has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -42,6 +43,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
             raise
         print(f"error: the disk is full ({error.filename or 'while writing'}); free some space", file=sys.stderr)
         code = 2
+    gc.freeze()  # or Python looks for garbage in all of JAX once more, for half a second and longer
     sys.exit(code)
 
 

@@ -1,15 +1,24 @@
 """The environment of the commands that tests start."""
 
 import os
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
 
-# LLVM at its lowest level: a tiny model takes half the seconds to compile (tests/layers/test_remat: 26 s to 15), and
-# runs as fast as it needs to. What XLA partitions and fuses stays the same.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+ROOT = Path(__file__).parent.parent
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+# LLVM at its lowest level, and jaxlib 0.10's older, plainer code for fusions (0.12 has no such choice): a tiny model
+# takes a fraction of the time to compile, and runs as fast as it needs to. What XLA partitions stays the same.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" + (
+    " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+)
 
 
 def environment():
-    """Ours, without the tests' own device count: each command settles how many it simulates."""
-    return os.environ | {"XLA_FLAGS": QUICK_TO_COMPILE}
+    """Ours, without the tests' own device count: each command settles how many it simulates. Scripts find ``tests``."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"XLA_FLAGS": QUICK_TO_COMPILE, "PYTHONPATH": paths}
 
 
 def users_environment():

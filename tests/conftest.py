@@ -1,5 +1,6 @@
 """Eight simulated devices for every test, and how they compile, set here and nowhere else, before JAX starts."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 from gshardx.sharding import simulate_devices  # noqa: E402
 from tests.children import QUICK_TO_COMPILE  # noqa: E402
@@ -17,3 +20,18 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}
 simulate_devices(8)
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
+# Tracing makes millions of objects that are no garbage; looking for it is a twentieth of the time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture
+def settings_given_back():
+    """For commands that set variables and JAX's own settings for the whole process."""
+    before = dict(os.environ)
+    kept = {name: getattr(jax.config, name) for name in ("jax_enable_compilation_cache", "jax_platforms")}
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    for name, value in kept.items():
+        jax.config.update(name, value)

@@ -56,6 +56,15 @@ def test_the_data_benchmark_holds_every_packing_to_its_goal():
 
 
 @pytest.mark.slow
+def test_every_row_of_the_conversion_benchmark():
+    printed = output("convert_cpu.py", "--small", "--rounds", "1")
+    for way in ("in", "out"):
+        assert f"| {way}: of the speed of copying |" in printed
+        assert f"| {way}: memory above twice the largest tensor |" in printed
+    assert "what came back is byte for byte what went in" in printed
+
+
+@pytest.mark.sweep
 def test_every_row_of_the_serving_benchmark(tmp_path):
     """But llama.cpp's, which is not there: the table says so."""
     flags = ("--small", "--seconds", "1", "--rounds", "1", "--llama_python", str(tmp_path / "none"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gshardx.arguments import CommandParser
 from gshardx.cli import config_yaml, flatten, parse_config, read_config, run_command
 from gshardx.config import Config
 from gshardx.errors import BadInput
@@ -320,3 +321,19 @@ def test_the_command_prints_its_config_without_starting_a_device():
     done = train("--config", str(QUICKSTART), "--print_config")
     assert (done.returncode, done.stderr) == (0, "")
     assert list(dict(flatten(yaml.safe_load(done.stdout)))) == KEYS
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["sub", "--num", "1"], "unrecognized arguments: --num 1 (see prog --help)"),  # not a short --number
+        (["sub", "--number", "x"], "argument --number: invalid int value: 'x' (see prog sub --help)"),
+        (["other"], "invalid choice: 'other'"),
+    ],
+)
+def test_what_argparse_refuses_is_bad_input_of_commands_and_what_is_below_them(argv, said):
+    parser = CommandParser(prog="prog")
+    parser.add_subparsers(required=True, metavar="COMMAND").add_parser("sub").add_argument("--number", type=int)
+    with pytest.raises(BadInput) as caught:
+        parser.parse_args(argv)
+    assert said in str(caught.value)

@@ -13,7 +13,7 @@ from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig
 
 DEFAULTS = dict(flatten(dataclasses.asdict(Config())))
-FREE = {"model.moe.router_options": {}, "model.moe.losses": {"balance": 0.01}}
+FREE = {"model.rope": {}, "model.attention": {}, "model.moe.router_options": {}, "model.moe.losses": {"balance": 0.01}}
 """Keys that hold names and values of the user's choice."""
 DEFAULTS = {key: value for key, value in DEFAULTS.items() if not key.startswith(tuple(FREE))} | FREE
 NUMBERS = [key for key, value in DEFAULTS.items() if type(value) in (int, float)] + ["model.moe.group_size"]

@@ -14,8 +14,7 @@ from flax import nnx
 from gshardx.cli import parse_config
 from gshardx.cli import read_config as read_file
 from gshardx.layers.routing import Capacity
-from gshardx.models.decoder import Decoder
-from gshardx.models.moe import check_router_options
+from gshardx.models.decoder import Decoder, check_model
 from gshardx.train.schedules import schedule
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +84,7 @@ def differences(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_config_is_read_and_its_header_names_it(file):
     config = read_config(file)
-    check_router_options(config.model.moe)
+    check_model(config.model)
     (named,) = re.findall(r"python -m gshardx\.\w+ --config (\S+)", header(file))
     assert ROOT / named == file
     for part in ("Time:", "Expect:"):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.children import users_environment
 from tests.infer.server.test_serve import Process
-from tests.train.processes import finish, start
+from tests.train.processes import finish, start_anew
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,7 +33,7 @@ def test_the_layer_in_somebodys_own_model_runs(tmp_path):
 def test_every_file_and_key_that_readme_names_exists():
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / path).exists(), path
-    help_text, _ = finish(start(ROOT, "--help"))
+    help_text, _ = finish(start_anew(ROOT, "--help"))
     for key in re.findall(r"--([a-z_]+\.[a-z_]+)", README):
         assert f"--{key} " in help_text, key
 
@@ -43,14 +43,14 @@ def test_the_quickstart_reaches_what_it_promises(tmp_path):
     """2.2 bits per byte or better on held-out Shakespeare; the printed commands work."""
     run = tmp_path / "runs" / "quickstart"
     arguments = ("--config", "configs/quickstart.yaml", "--run_dir", str(run))
-    out, _ = finish(start(ROOT, *arguments, env=users_environment()), limit=1500)
+    out, _ = finish(start_anew(ROOT, *arguments, env=users_environment()), limit=1500)
     bits = float(re.search(r"validation +([\d.]+) bits per byte", out).group(1))
     xz = float(re.search(r"([\d.]+) for xz -9e", out).group(1))
     assert bits <= 2.2
     assert 2.4 < xz < 2.7
     command = re.search(r"generate +python -m gshardx.infer (.*)", out).group(1)
     assert '--prompt "To be"' in command
-    text, _ = finish(start(ROOT, "generate", "--run", str(run), "--prompt", "To be", module="gshardx.infer"))
+    text, _ = finish(start_anew(ROOT, "generate", "--run", str(run), "--prompt", "To be", module="gshardx.infer"))
     assert text.startswith("To be")
     assert len(text) > 100
 
@@ -60,13 +60,13 @@ def test_the_quickstart_reaches_what_it_promises(tmp_path):
     (lines,) = re.findall(r"^printf (.*) > in.jsonl$", README, re.MULTILINE)
     subprocess.run(f"printf {lines} > in.jsonl", shell=True, cwd=tmp_path, check=True)
     command = ("batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--run", str(run))
-    said, _ = finish(start(ROOT, *command, "--max_new_tokens", "40", module="gshardx.infer"))
+    said, _ = finish(start_anew(ROOT, *command, "--max_new_tokens", "40", module="gshardx.infer"))
     assert "2 answers, 0 of them errors" in said
 
     for line in re.findall(r"^python (-m gshardx.checkpoint .*)$", README, re.MULTILINE):
         subprocess.run([sys.executable, *line.split()], cwd=tmp_path, capture_output=True, check=True)
     command = ("generate", "--run", str(tmp_path / "runs" / "weights"), "--prompt", "To be")
-    assert finish(start(ROOT, *command, module="gshardx.infer"))[0].startswith("To be")
+    assert finish(start_anew(ROOT, *command, module="gshardx.infer"))[0].startswith("To be")
 
     command = [sys.executable, "-m", "gshardx.infer", "serve", "--run", str(run), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as served:

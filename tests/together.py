@@ -1,15 +1,12 @@
 """One command in two processes that find each other on this machine."""
 
-import os
 import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
-from tests.children import environment
-
-ROOT = Path(__file__).parent.parent
+from tests.children import PIPES, environment
+from tests.warm import Fork
 
 
 def free_port():
@@ -22,19 +19,12 @@ def flags(process, port, processes=2):
     return ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(processes), "--process_id", str(process)]
 
 
-def start_both(folder, *command, port=None):
-    """``python command ... --coordinator ...`` twice."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+def start_both(folder, *command, port=None, anew=False):
+    """``python command ... --coordinator ...`` twice; with its imports done, or ``anew``."""
     port = port or free_port()
+    python, start = ([sys.executable], subprocess.Popen) if anew else ([], Fork)
     return [
-        subprocess.Popen(
-            [sys.executable, *command, *flags(process, port)],
-            cwd=folder,
-            env=environment() | {"PYTHONPATH": paths},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start([*python, *command, *flags(process, port)], cwd=folder, env=environment(), **PIPES)
         for process in range(2)
     ]
 

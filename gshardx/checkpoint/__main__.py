@@ -3,36 +3,31 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
+from gshardx.arguments import CommandParser
 from gshardx.checkpoint.arrays import FLOATS
 from gshardx.checkpoint.compare import differences
 from gshardx.checkpoint.export import export
-from gshardx.checkpoint.lock import hold
-from gshardx.checkpoint.manifest import damage
-from gshardx.checkpoint.places import checkpoints_of, find
+from gshardx.checkpoint.manifest import damage, read_manifest, score_of
+from gshardx.checkpoint.places import Saved, checkpoints_of, find, folders, why_unread
 from gshardx.checkpoint.prune import kept, remove
-from gshardx.checkpoint.store import finished_steps, step_folders
-from gshardx.checkpoint.tables import aligned, arrays_table, steps_table
+from gshardx.checkpoint.store import finished_steps
+from gshardx.checkpoint.tables import aligned, arrays_table, difference_row, steps_table
 from gshardx.cli import run_command
 from gshardx.errors import BadInput
+from gshardx.lock import hold
 
 DESCRIPTION = """Look after what a run has saved. A checkpoint is named by RUN_DIR, which means its newest step or that
 of --step, or by RUN_DIR/checkpoints/STEP. Exit codes: 0, 1 where verify found damage or diff a difference, 2 bad
 input."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see {self.prog} --help)")
-
-
 def main(argv: list[str]) -> int:
-    parser = _Parser(prog="python -m gshardx.checkpoint", description=DESCRIPTION, allow_abbrev=False)
+    parser = CommandParser(prog="python -m gshardx.checkpoint", description=DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, said: str, function: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=said, description=f"{said[0].upper()}{said[1:]}.", allow_abbrev=False)
+        added = commands.add_parser(name, help=said, description=f"{said[0].upper()}{said[1:]}.")
         added.add_argument("path", type=Path, metavar="RUN_DIR")
         added.set_defaults(function=function)
         return added
@@ -54,6 +49,7 @@ def main(argv: list[str]) -> int:
     pruned = command("prune", "delete steps", prune)
     pruned.add_argument("--keep_last", type=int, required=True, metavar="N", help="the newest so many stay")
     pruned.add_argument("--keep_every", type=int, metavar="N", help="steps that N divides stay too")
+    pruned.add_argument("--keep_best", type=int, default=0, metavar="N", help="those with the least bits per byte, too")
     pruned.add_argument("--dry_run", action="store_true", help="say what would go, and leave it")
     arguments = parser.parse_args(argv)
     done: int = arguments.function(arguments)
@@ -68,9 +64,7 @@ def list_(arguments: argparse.Namespace) -> int:
 
 def inspect(arguments: argparse.Namespace) -> int:
     saved = find(arguments.path, arguments.step)
-    items = sorted({name.split("/")[0] for name in saved.manifest.arrays})
-    if arguments.item not in items:
-        raise BadInput(f"--item {arguments.item}: {saved.folder} has {', '.join(items)}")
+    check_item(arguments.item, saved)
     print(saved.folder)
     for line in aligned(arrays_table(saved, arguments.item, arguments.values)):
         print(line)
@@ -78,27 +72,27 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    if arguments.step is None and arguments.path.parent.name != "checkpoints":
-        folder = checkpoints_of(arguments.path)
-        steps, finished = step_folders(folder), finished_steps(folder)
-    else:
-        saved = find(arguments.path, arguments.step)
-        folder, steps = saved.folder.parent, [saved.step]
-        finished = steps
     bad = 0
-    for step in steps:
-        found = damage(folder / str(step), find(folder.parent, step).manifest) if step in finished else "never finished"
-        print(f"{folder / str(step)}: {found or 'good'}", flush=True)
+    for folder in folders(arguments.path, arguments.step):
+        manifest = read_manifest(folder)
+        found = why_unread(folder) if manifest is None else damage(folder, manifest.checksum, manifest.files)
+        print(f"{folder}: {found or 'good'}", flush=True)
         bad += found is not None
     return 1 if bad else 0
 
 
+def check_item(item: str, *steps: Saved) -> None:
+    """Raise BadInput if none of ``steps`` has it."""
+    if not any(item in saved.items for saved in steps):
+        there = "; ".join(f"{saved.folder} has {', '.join(saved.items)}" for saved in steps)
+        raise BadInput(f"--item {item}: {there}")
+
+
 def diff(arguments: argparse.Namespace) -> int:
     first, second = find(arguments.path, arguments.step), find(arguments.other, arguments.other_step)
-    rows = [
-        (one.array, one.about, f"{one.entries:,}", f"{one.largest:.3g}", f"{one.relative:.3g}")
-        for one in differences(first, second, arguments.item)
-    ]
+    if arguments.item is not None:
+        check_item(arguments.item, first, second)
+    rows = [difference_row(one) for one in differences(first, second, arguments.item)]
     if not rows:
         print(f"{first.folder} and {second.folder}: the same numbers")
         return 0
@@ -109,7 +103,7 @@ def diff(arguments: argparse.Namespace) -> int:
 
 def export_(arguments: argparse.Namespace) -> int:
     saved = find(arguments.path, arguments.step)
-    averaged = any(name.startswith("ema/") for name in saved.manifest.arrays)  # then these are what inference reads
+    averaged = "ema" in saved.items  # then these are what inference reads
     arrays = export(saved, arguments.target, ("ema" if averaged else "params", "router"), arguments.dtype)
     print(f"wrote {len(arrays)} arrays of step {saved.step} to {arguments.target}; try: "
           f"python -m gshardx.infer generate --run {arguments.target}")  # fmt: skip
@@ -121,10 +115,12 @@ def prune(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise BadInput(f"--{name} {value}: must be 1 or more")
+    if arguments.keep_best < 0:
+        raise BadInput(f"--keep_best {arguments.keep_best}: must be 0 or more")
     folder = checkpoints_of(arguments.path)
-    with hold(arguments.path):
-        finished = finished_steps(folder)
-        going = sorted(set(finished) - kept(finished, arguments.keep_last, arguments.keep_every))
+    with hold(arguments.path, "RUN_DIR", "trains in it"):
+        finished = {step: score_of(folder / str(step)) for step in finished_steps(folder)}
+        going = sorted(finished.keys() - kept(finished, arguments.keep_last, arguments.keep_every, arguments.keep_best))
         for step in going:
             if not arguments.dry_run:
                 remove(folder / str(step))

@@ -1,33 +1,36 @@
 """Tables of what was saved."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gshardx.checkpoint.arrays import FLOATS, count, pieces
-from gshardx.checkpoint.manifest import NAME, read_manifest
-from gshardx.checkpoint.places import Saved
+from gshardx.checkpoint.arrays import FLOATS, pieces
+from gshardx.checkpoint.compare import Difference
+from gshardx.checkpoint.manifest import NAME, SCORE, read_manifest
+from gshardx.checkpoint.places import Saved, why_unread
 from gshardx.checkpoint.store import step_folders
 
 Row = Sequence[str]
 
 
 def steps_table(checkpoints: Path) -> list[Row]:
-    """Step, when it was saved, bytes, items, and its state; no file of arrays is looked at."""
-    rows: list[Row] = [("step", "saved", "bytes", "items", "state")]
+    """Step, when it was saved, bytes, items, score (bits per byte) and state; no file of arrays is looked at."""
+    rows: list[Row] = [("step", "saved", "bytes", "items", "score", "state")]
     for step in step_folders(checkpoints):
         folder = checkpoints / str(step)
         manifest = read_manifest(folder)
         if manifest is None:
-            there = (folder / NAME).exists()
-            rows.append((str(step), "", "", "", f"{NAME} is damaged" if there else "never finished"))
+            rows.append((str(step), "", "", "", "", why_unread(folder)))
             continue
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((folder / NAME).stat().st_mtime))
         size = sum(size for size, _ in manifest.files.values())
         items = sorted({name.split("/")[0] for name in manifest.files if "/" in name})
-        rows.append((str(step), saved, f"{size:,}", " ".join(items), "finished"))
+        score = manifest.extra.get(SCORE)
+        shown = "" if score is None else f"{score:.4f}"
+        rows.append((str(step), saved, f"{size:,}", " ".join(items), shown, "finished"))
     return rows
 
 
@@ -41,8 +44,9 @@ def arrays_table(saved: Saved, item: str, values: bool) -> list[Row]:
         if not name.startswith(f"{item}/"):
             continue
         size = sum(size for file, (size, _) in saved.manifest.files.items() if file.startswith(f"{name}/"))
-        total, stored = total + count(shape), stored + size
-        row = (name.split("/", 1)[1], str(shape), dtype, f"{count(shape):,}", f"{size:,}")
+        entries = math.prod(shape)
+        total, stored = total + entries, stored + size
+        row = (name.split("/", 1)[1], str(shape), dtype, f"{entries:,}", f"{size:,}")
         rows.append((*row, *_values(saved.folder, name, dtype)) if values else row)
     rows.append(("in all", "", "", f"{total:,}", f"{stored:,}", *([""] * 3 * values)))
     return rows
@@ -58,6 +62,13 @@ def _values(folder: Path, name: str, dtype: str) -> Row:
         square, largest = square + float((numbers**2).sum()), max(largest, float(np.abs(numbers).max(initial=0)))
         entries, bad = entries + part.size, bad + int((~finite).sum())
     return f"{(square / max(1, entries - bad)) ** 0.5:.4g}", f"{largest:.4g}", f"{bad:,}"
+
+
+def difference_row(one: Difference) -> Row:
+    """Array, what differs, and how many entries by how much, where that can be said."""
+    if one.gap is None:
+        return one.array, one.about, "", "", ""
+    return one.array, one.about, f"{one.gap.entries:,}", f"{one.gap.largest:.3g}", f"{one.gap.relative:.3g}"
 
 
 def aligned(rows: Iterable[Row]) -> Iterator[str]:

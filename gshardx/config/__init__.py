@@ -10,6 +10,14 @@ from typing import Literal
 
 from gshardx.config.checks import at_least_zero, divisor, positive, share
 from gshardx.config.model import LOSSES, ModelConfig, MoEConfig, check_model_on_mesh
+from gshardx.config.run import (
+    CheckpointConfig,
+    DebugConfig,
+    GuardConfig,
+    ProfileConfig,
+    TrackingConfig,
+    WatchdogConfig,
+)  # fmt: skip
 from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig
 
@@ -164,54 +172,6 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save and what to keep."""
-
-    every: int = 100
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 3
-    """Newest checkpoints to keep; at least 2, so that a damaged one has an older to fall back to."""
-
-    def __post_init__(self) -> None:
-        positive("checkpoint", self, "every")
-        if self.keep < 2:
-            raise BadInput(f"checkpoint.keep = {self.keep}: a damaged checkpoint needs an older one; use 2 or more")
-
-
-@dataclasses.dataclass(frozen=True)
-class GuardConfig:
-    """What a run does when training goes wrong (docs/training.md)."""
-
-    max_skipped: int = 10
-    """Steps in a row whose gradients are not finite, and which change nothing, after which the run ends."""
-    spike_factor: float | None = None
-    """A loss above this multiple of the median of the last spike_window steps is a spike: the run goes back to the last
-    good checkpoint and leaves out the batches since; null: never."""
-    spike_window: int = 50
-    """Steps whose median loss is the measure; no spike is seen before there are as many."""
-    max_rollbacks: int = 3
-    """Times that a run goes back; then it ends."""
-    router_logit: float = 1000.0
-    """Largest router logit, in absolute value, above which a layer is named in a warning."""
-
-    def __post_init__(self) -> None:
-        positive("guard", self, "max_skipped", "spike_window", "router_logit")
-        at_least_zero("guard", self, "max_rollbacks")
-        if self.spike_factor is not None and not 1 < self.spike_factor < math.inf:
-            raise BadInput(f"guard.spike_factor = {self.spike_factor}: must be above 1 and finite; use 2, or null")
-
-
-@dataclasses.dataclass(frozen=True)
-class DebugConfig:
-    """Help to find out what a step does; each slows a run down."""
-
-    nans: bool = False
-    """Where a gradient is not finite, repeat the step operation by operation and name the one that made it so."""
-    dump_hlo: bool = False
-    """Write each compiled step to RUN_DIR/hlo, before and after XLA's optimisation."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -226,6 +186,9 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:
@@ -255,6 +218,7 @@ def check_batch(config: Config) -> None:
 
 
 __all__ = [
-    "LOSSES", "PACKAGED_TEXT", "CheckpointConfig", "Config", "DataConfig", "DebugConfig", "GuardConfig", "MeshConfig",
-    "ModelConfig", "MoEConfig", "OptimizerConfig", "TrainConfig", "check_model_on_mesh",
+    "LOSSES", "PACKAGED_TEXT", "CheckpointConfig", "Config", "DataConfig", "DebugConfig",
+    "GuardConfig", "MeshConfig", "ModelConfig", "MoEConfig", "OptimizerConfig", "ProfileConfig", "TrackingConfig",
+    "TrainConfig", "WatchdogConfig", "check_model_on_mesh",
 ]  # fmt: skip

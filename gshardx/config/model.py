@@ -9,7 +9,8 @@ from gshardx.config.checks import at_least_zero, divisor, positive, share
 from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig
 
-LOSSES = ("balance", "z", "first_choice", "all_choices", "batch", "device", "communication", "importance")
+LOSSES = ("balance", "z", "first_choice", "all_choices", "batch", "device", "communication", "importance", "load")
+SCALES = ("embedding", "residual", "attention", "logits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,9 @@ class MoEConfig:
     """Experts that each token chooses."""
     every: int = 2
     """Every how many blocks one is an MoE block: 1 all of them, 2 every other, as in GShard."""
-    router: Literal["gshard", "switch", "top_k", "sigmoid_bias"] = "gshard"
+    dense_first: int = 0
+    """Dense blocks before that pattern starts (DeepSeek-V3 has 3)."""
+    router: Literal["gshard", "switch", "top_k", "sigmoid_bias", "sparse_mixer", "noisy_top_k", "skywork"] = "gshard"
     """How tokens choose (docs/routers)."""
     router_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of that router, for example {second_expert: random} (docs/routers)."""
@@ -51,7 +54,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         positive("model.moe", self, "num_experts", "top_k", "every", "capacity_factor", "hidden", "group_size")
-        at_least_zero("model.moe", self, "shared_hidden")
+        at_least_zero("model.moe", self, "shared_hidden", "dense_first")
         if self.adaptive_balance and self.capacity_factor is None:
             raise BadInput(
                 "model.moe.adaptive_balance follows the drop rate, and model.moe.capacity_factor = null drops nothing; "
@@ -75,7 +78,7 @@ class ModelConfig:
     """The decoder-only transformer."""
 
     layers: int = 4
-    """Blocks; a multiple of moe.every."""
+    """Blocks; beside moe.dense_first a multiple of moe.every."""
     width: int = 128
     """Width of the residual stream."""
     heads: int = 4
@@ -90,6 +93,14 @@ class ModelConfig:
     """Non-linearity of dense blocks and experts."""
     rope_base: float = 10_000.0
     """Base of the rotary positions."""
+    rope: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of rotary positions, for example {scaling: linear, factor: 4} (docs/attention.md)."""
+    attention: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of attention, for example {biases: qkv, qk_norm: head} (docs/attention.md)."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of the decoder: {norm: layer} for layer norms, {logits_bias: true} (docs/attention.md)."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square, or variance, by every norm."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in; parameters, norms, softmaxes, routers and losses are float32."""
     float32: list[Literal["residual", "attention", "feed_forward", "experts", "logits"]] = dataclasses.field(
@@ -103,25 +114,54 @@ class ModelConfig:
     """Share of the embedding and of each branch's output that training sets to 0."""
     tie_embeddings: bool = False
     """Use the embedding's table, transposed, for the logits."""
+    scales: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Factors (Granite): embedding; residual, on each branch's output; attention, on scores instead of
+    1 / sqrt(head_dim); logits, by default 1 / sqrt(width) with tie_embeddings (T5)."""
+    vocab_size: int | None = None
+    """Rows of the embedding, where there are more than the tokenizer has tokens; null: as many."""
     logit_cap: float | None = None
     """Bound of the logits, as cap * tanh(logits / cap) (Gemma 2 has 30); null: none."""
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
         positive("model", self, "layers", "width", "heads", "kv_heads", "head_dim", "hidden", "rope_base", "logit_cap")
+        positive("model", self, "norm_epsilon", "vocab_size")
+        for name, scale in self.scales.items():
+            if name not in SCALES:
+                nearest = difflib.get_close_matches(name, SCALES, n=1, cutoff=0.0)[0]
+                raise BadInput(f"model.scales.{name}: no such factor; did you mean {nearest}?")
+            if not 0 < scale < math.inf:
+                raise BadInput(f"model.scales.{name} = {scale}: must be above 0 and finite")
         share("model", self, "dropout")
-        if self.layers % self.moe.every:
-            up = math.ceil(self.layers / self.moe.every) * self.moe.every
+        every, first = self.moe.every, self.moe.dense_first
+        if self.layers <= first or (self.layers - first) % every:
+            up = first + max(1, math.ceil((self.layers - first) / every)) * every
+            beside = f" beside model.moe.dense_first = {first}" if first else ""
             raise BadInput(
-                f"model.layers = {self.layers} is not a multiple of model.moe.every = {self.moe.every}; use {up} layers"
+                f"model.layers = {self.layers} is not a multiple of model.moe.every = {every}{beside}; use {up} layers"
             )
-        if self.heads % self.kv_heads:
+        if self.grouped_heads and self.heads % self.kv_heads:
             raise BadInput(
                 f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}; "
                 f"use model.heads = {math.ceil(self.heads / self.kv_heads) * self.kv_heads}"
             )
-        if self.head_dim % 2:
+        if self.grouped_heads and self.head_dim % 2:
             raise BadInput(f"model.head_dim = {self.head_dim}: rotary positions turn pairs; use {self.head_dim + 1}")
+
+    @property
+    def attention_kind(self) -> str:
+        """grouped: query heads share key and value heads; latent: all are made from one vector (docs/attention.md)."""
+        return str(self.attention.get("kind", "grouped"))
+
+    @property
+    def grouped_heads(self) -> bool:
+        """Whether ``kv_heads`` and ``head_dim`` mean anything."""
+        return self.attention_kind == "grouped"
+
+    @property
+    def moe_layers(self) -> int:
+        """Blocks with experts."""
+        return (self.layers - self.moe.dense_first) // self.moe.every
 
 
 def check_model_on_mesh(model: ModelConfig, mesh: MeshConfig, batch_size: int = 0) -> None:
@@ -133,7 +173,7 @@ def check_model_on_mesh(model: ModelConfig, mesh: MeshConfig, batch_size: int = 
         ("model.moe.num_experts", model.moe.num_experts, "expert"),
         ("model.width", model.width, "fsdp"),
         ("model.heads", model.heads, "tensor"),
-        ("model.kv_heads", model.kv_heads, "tensor"),
+        *_attention_on_mesh(model),
         ("model.hidden", model.hidden, "tensor"),
         ("model.moe.hidden", model.moe.hidden, "tensor"),
         ("model.moe.shared_hidden", model.moe.shared_hidden, "tensor"),
@@ -149,3 +189,10 @@ def check_model_on_mesh(model: ModelConfig, mesh: MeshConfig, batch_size: int = 
                 f"{name} = {value} does not divide over mesh.{axis} = {parts}; use mesh.{axis} = "
                 f"{divisor(common, parts)}"
             )
+
+
+def _attention_on_mesh(model: ModelConfig) -> list[tuple[str, int, str]]:
+    if model.grouped_heads:
+        return [("model.kv_heads", model.kv_heads, "tensor")]
+    ranks = ((f"model.attention.{name}", model.attention.get(name), "fsdp") for name in ("q_rank", "kv_rank"))
+    return [(name, rank, axis) for name, rank, axis in ranks if isinstance(rank, int)]

@@ -1,28 +1,20 @@
 """The command line of ``python -m gshardx.data``."""
 
 import argparse
-from typing import NoReturn
 
+from gshardx.arguments import CommandParser
 from gshardx.config import DataConfig
 from gshardx.data.tokenize import Settings, tokenize
-from gshardx.errors import BadInput
 
 DESCRIPTION = """Turn a corpus into a folder of ArrayRecord shards of tokens, once; training then reads it with
 --data.path FOLDER, without loading it into memory. After an interruption the same command goes on from the last whole
 shard, and ends with the same bytes. Exit codes: 0 done, 2 bad input."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see {self.prog} --help)")
-
-
 def main(argv: list[str]) -> int:
-    parser = _Parser(prog="python -m gshardx.data", description="Prepare text for training.", allow_abbrev=False)
+    parser = CommandParser(prog="python -m gshardx.data", description="Prepare text for training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_arguments(
-        commands.add_parser("tokenize", help="text to shards of tokens", description=DESCRIPTION, allow_abbrev=False)
-    )
+    _add_arguments(commands.add_parser("tokenize", help="text to shards of tokens", description=DESCRIPTION))
     arguments = vars(parser.parse_args(argv))
     del arguments["command"]
     config = DataConfig(  # its checks are those of training

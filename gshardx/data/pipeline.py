@@ -245,20 +245,22 @@ def evaluation_rows(documents: Sequence[np.ndarray], sequence_length: int, rows:
 
     Windows of ``sequence_length`` advance by half of it, and each scores only what the one before did not: a token sees
     at least half a sequence of what came before it, where there is as much. The last batch is filled with padding.
+    Beside Rows each batch has ``document``, ``[b]``: the number of each row's document, 0 for padding.
     """
-    windows = [window for ids in documents for window in _windows(ids, sequence_length)]
+    windows = [(number, *window) for number, ids in enumerate(documents) for window in _windows(ids, sequence_length)]
     for start in range(0, len(windows), rows):
         shape = (rows, sequence_length)
         batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segments")}
-        weights = np.zeros(shape, np.float32)
-        for row, (ids, scored) in enumerate(windows[start : start + rows]):
+        weights, document = np.zeros(shape, np.float32), np.zeros(rows, np.int64)
+        for row, (number, ids, scored) in enumerate(windows[start : start + rows]):
             length = len(ids) - 1
             batch["tokens"][row, :length] = ids[:-1]
             batch["targets"][row, :length] = ids[1:]
             batch["segments"][row, :length] = 1
             weights[row, scored:length] = 1.0
+            document[row] = number
         positions = np.broadcast_to(np.arange(sequence_length, dtype=np.int32), shape)
-        yield {**batch, "positions": positions, "weights": weights}
+        yield {**batch, "positions": positions, "weights": weights, "document": document}
 
 
 def _windows(ids: np.ndarray, sequence_length: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -18,9 +19,17 @@ from gshardx.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gshardx.errors import BadInput
 
 
+class HeldOut(NamedTuple):
+    """Documents that are not trained on: their tokens, the bytes of their texts, and the names of their sources."""
+
+    documents: list[np.ndarray]
+    sizes: list[int]
+    sources: list[str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Corpora, which of their documents are held out, and their shares of the training tokens, which sum to 1.
+    """Corpora, which of their documents are held out, their shares of the training tokens, which sum to 1, and names.
 
     ``texts`` are the documents of all corpora in order, where all were read as text.
     """
@@ -29,6 +38,7 @@ class Sources:
     corpora: list[Corpus]
     held_out: list[Bool[np.ndarray, "documents"]]
     shares: list[float]
+    names: list[str]
     texts: list[str]
 
     @property
@@ -39,18 +49,19 @@ class Sources:
             digest.update(f"{corpus.digest} {share}".encode() + np.packbits(out).tobytes())
         return digest.hexdigest()
 
-    def held_out_documents(self, faults: Faults) -> tuple[list[np.ndarray], int]:
-        """Tokens of each held-out document, and the bytes of their texts; one that is there twice counts once."""
-        documents, size, seen = [], 0, set()
-        for corpus, out in zip(self.corpora, self.held_out, strict=True):
+    def held_out_documents(self, faults: Faults) -> HeldOut:
+        """One that is there twice counts once."""
+        found, seen = HeldOut([], [], []), set()
+        for corpus, out, source in zip(self.corpora, self.held_out, self.names, strict=True):
             for number in np.flatnonzero(out).tolist():
                 name = int(corpus.hashes[number])
                 ids = None if name in seen else whole_document(corpus, number, faults)
                 if ids is not None:
                     seen.add(name)
-                    documents.append(ids)
-                    size += int(corpus.sizes[number])
-        return documents, size
+                    found.documents.append(ids)
+                    found.sizes.append(int(corpus.sizes[number]))
+                    found.sources.append(source)
+        return found
 
 
 def open_sources(config: DataConfig, faults: Faults) -> Sources:
@@ -64,6 +75,7 @@ def open_sources(config: DataConfig, faults: Faults) -> Sources:
         if is_stream(path):
             raise BadInput(f"{path}: a stream can't be mixed; turn it into a folder by python -m gshardx.data tokenize")
     named = [[source] for source in config.mixture] or [paths]
+    names = list(config.mixture) or [", ".join(paths)]
     where = "data.mixture" if config.mixture else "data.path ="
     parts = [[_open(path, config, faults, where) for path in paths] for paths in named]
     flat = [part for group in parts for part in group]
@@ -89,7 +101,7 @@ def open_sources(config: DataConfig, faults: Faults) -> Sources:
         tokens.append(int(corpora[-1].lengths[~masks[-1]].sum()))
     shares = temperature_weights(tokens, list(config.mixture.values()) or [1.0], config.temperature)
     whole = texts if all(isinstance(part, _Texts) for part in flat) else []
-    return Sources(tokenizer, corpora, masks, shares, whole)
+    return Sources(tokenizer, corpora, masks, shares, names, whole)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,12 @@
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from gshardx.data.records import FORMAT, INDEX, RECORD_TOKENS, TOKENIZER, Shard
 from gshardx.data.shards import ShardWriter
 from gshardx.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, train_bpe
 from gshardx.errors import BadInput
+from gshardx.lock import hold
 
 PLAN = "plan.json"
 BPE_SAMPLE = 1 << 30
@@ -59,8 +59,7 @@ def tokenize(settings: Settings) -> None:
         BadInput: nothing to read, something broken in it, a folder begun with other settings, or no room.
     """
     folder = Path(settings.out)
-    held = _hold(folder)
-    try:
+    with hold(folder, "--out", "writes it"):
         faults = Faults(settings.on_error)
         sources = _sources(settings, faults)
         plan = _plan(settings, sources)
@@ -75,21 +74,6 @@ def tokenize(settings: Settings) -> None:
             texts = _texts(sources, Reading(settings.column, faults, bar.advance))
             shards += _write_shards(settings, tokenizer, texts, folder, shards)
         _finish(folder, plan, tokenizer, shards, faults)
-    finally:
-        held.close()
-
-
-def _hold(folder: Path) -> IO[str]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = (folder / ".lock").open("w")
-    except OSError as error:
-        raise BadInput(f"--out {folder}: can't be written ({error.strerror}); choose another") from error
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BadInput(f"--out {folder}: another process writes it; wait for it or use another") from error
-    return held
 
 
 def _sources(settings: Settings, faults: Faults) -> list[Path | str]:

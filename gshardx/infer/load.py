@@ -8,14 +8,15 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from gshardx.checkpoint.manifest import read_manifest
-from gshardx.checkpoint.store import load, newest_good_step
+from gshardx.checkpoint.manifest import Manifest
+from gshardx.checkpoint.restore import restore
+from gshardx.checkpoint.store import Items
 from gshardx.cli import read_config
 from gshardx.config import Config, check_model_on_mesh
 from gshardx.data.tokenizer import Tokenizer, load_tokenizer
 from gshardx.errors import BadInput
-from gshardx.models.build import Blueprint, Variables, blueprint
-from gshardx.models.items import items_of, variables_of, weights_item
+from gshardx.models.build import Blueprint, Variables, blueprint, rows_of_vocabulary
+from gshardx.models.items import items_of, variables_of
 from gshardx.sharding import MeshConfig, build_mesh
 
 
@@ -43,17 +44,22 @@ def load_run(path: Path, mesh_config: MeshConfig) -> LoadedRun:
     config = read_config(path / "config.yaml")
     check_model_on_mesh(config.model, mesh_config)
     averaged = config.optimizer.ema_decay is not None
-    items = (weights_item(averaged), "router")
-    step = newest_good_step(path / "checkpoints", items, report=lambda line: print(line, file=sys.stderr))
-    if step is None:
-        raise BadInput(f"--run {path}: no good checkpoint in {path / 'checkpoints'}; train it first")
     tokenizer = load_tokenizer(path / "tokenizer.json")
-    manifest = read_manifest(path / "checkpoints" / str(step))
-    assert manifest is not None
-    if hashlib.sha256(tokenizer.text.encode()).hexdigest() != manifest.extra["tokenizer"]:
-        raise BadInput(f"{path / 'tokenizer.json'}: not the tokenizer that step {step} was trained with; restore it")
+    digest = hashlib.sha256(tokenizer.text.encode()).hexdigest()
     mesh = build_mesh(mesh_config)
-    plan = blueprint(config.model, tokenizer.vocab_size, mesh)
-    loaded = load(path / "checkpoints", step, items_of(plan.variables, averaged))
+    plan = blueprint(config.model, rows_of_vocabulary(config.model, tokenizer.vocab_size), mesh)
+
+    def wanted(step: int, manifest: Manifest) -> Items:
+        # Converted weights may have come without one.
+        if manifest.extra.get("tokenizer", digest) != digest:
+            raise BadInput(
+                f"{path / 'tokenizer.json'}: not the tokenizer that step {step} was trained with; restore it"
+            )
+        return items_of(plan.variables, averaged)
+
+    found = restore(path / "checkpoints", wanted, lambda line: print(line, file=sys.stderr))
+    if found is None:
+        raise BadInput(f"--run {path}: no good checkpoint in {path / 'checkpoints'}; train it first")
+    step, loaded = found
     variables = jax.block_until_ready(variables_of(loaded, plan.variables, averaged))
     return LoadedRun(config, tokenizer, plan, variables, mesh, step)

@@ -19,6 +19,7 @@ from gshardx.infer.buffer import Layout
 from gshardx.infer.request import MAX_STOP_TOKENS
 from gshardx.infer.sampling import TOP, Context, Draw, Drawn, draw
 from gshardx.layers import Paged, Pool, abstract_pool, has_kernel
+from gshardx.models.attention import kept
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import abstract_array, shard
 
@@ -70,7 +71,8 @@ def abstract_state(blueprint: Blueprint, sizes: Sizes, mesh: Mesh) -> DeviceStat
         BadInput: there is no kernel for such pages.
     """
     config = blueprint.config
-    pool = (sizes.shards, sizes.pages, config.kv_heads, sizes.page_size, config.head_dim)
+    heads, width, values = kept(config)
+    pool = (sizes.shards, sizes.pages, heads, sizes.page_size, width)
     by_slot = (sizes.shards, sizes.slots + 1)
 
     def place(shape: tuple[int, ...], dtype: str, axes: str) -> Any:
@@ -78,13 +80,13 @@ def abstract_state(blueprint: Blueprint, sizes: Sizes, mesh: Mesh) -> DeviceStat
 
     kv_dtype, platform = sizes.kv_dtype or config.dtype, mesh.devices.flat[0].platform
     kernel = platform if sizes.attention == "pallas" else None
-    if kernel and not has_kernel(kernel, kv_dtype, sizes.page_size, config.head_dim):
+    if kernel and values is None and not has_kernel(kernel, kv_dtype, sizes.page_size, width):
         raise BadInput(
             f"attention = pallas: there is no kernel of a {platform} for {kv_dtype} pages of {sizes.page_size} tokens "
-            f"and heads of {config.head_dim}; use xla"
+            f"and heads of {width}; use xla"
         )
     return DeviceState(
-        pools=tuple(abstract_pool(kv_dtype, pool, kernel, place) for _ in range(config.layers)),
+        pools=tuple(abstract_pool(kv_dtype, pool, kernel, place, values) for _ in range(config.layers)),
         last=place(by_slot, "int32", "batch slot"),
         history=place((*by_slot, blueprint.vocab), "int32", "batch slot model"),
         bias=place((*by_slot, blueprint.vocab), "float32", "batch slot model"),

@@ -22,7 +22,10 @@ LARGEST = {"int8": 127, "int4": 7}
 """Of the integers, which are symmetric about 0."""
 GROUP = 64
 """Entries that share a scale: 4.5 bits an entry with int4. Smaller axes are one group."""
-SUMMED = {"w_q": -3, "w_k": -3, "w_v": -3, "w_o": -2, "w_in": -3, "w_up": -2, "w_gate": -2, "w_down": -2}
+SUMMED = {
+    "w_q": -3, "w_k": -3, "w_v": -3, "w_o": -2, "w_in": -3, "w_up": -2, "w_gate": -2, "w_down": -2,
+    "w_q_a": -2, "w_q_b": -3, "w_kv_a": -2, "w_kv_b": -3,
+}  # fmt: skip
 """Parameters that are quantised, and the axis that their product sums over (``w_o``: the last of two)."""
 
 

@@ -7,32 +7,41 @@ from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Ragged, ch
 from gshardx.layers.embed import Embedding, Unembedding
 from gshardx.layers.experts import Experts, FeedForward
 from gshardx.layers.kernel_pages import KernelPages, has_kernel, kernel_attention
+from gshardx.layers.latent import LatentAttention
 from gshardx.layers.memory import KVCache, Memory, Packed
 from gshardx.layers.merged_experts import MergedExperts, merged
 from gshardx.layers.moe import MoE, MoEMetrics
-from gshardx.layers.norm import RMSNorm
+from gshardx.layers.norm import NORMS, LayerNorm, RMSNorm
 from gshardx.layers.paged import Paged, paged_attention
 from gshardx.layers.param import param_shardings
-from gshardx.layers.pools import FullPages, Int8Pages, Pool, abstract_pool
+from gshardx.layers.pools import FullPages, Int8Pages, LatentPages, Pool, abstract_pool
+from gshardx.layers.reach import Reach
+from gshardx.layers.rope import Rope
 from gshardx.layers.routing import (
     Capacity,
     GShardRouter,
     Losses,
+    NoisyTopKRouter,
     Router,
     RouterState,
     RouterStats,
     Routing,
     SigmoidBiasRouter,
+    SkyworkRouter,
+    SparseMixerRouter,
     SwitchRouter,
     TopKRouter,
 )
 from gshardx.layers.shared import GatedShared, Residual, Shared
 
 __all__ = [
-    "Attention", "Auto", "Block", "Capacity", "Dense", "Dispatcher", "Einsum", "Embedding", "Experts", "FeedForward",
-    "FullPages", "GShardRouter", "GatedShared", "Gather", "Int8Pages", "KVCache", "KernelPages", "Layers", "Losses",
-    "Memory", "MergedExperts", "MoE", "MoEMetrics", "Packed", "Paged", "Pool", "RMSNorm", "Ragged", "Residual",
-    "Router", "RouterState", "RouterStats", "Routing", "Shared", "SigmoidBiasRouter", "Stack", "SwitchRouter",
-    "TopKRouter", "Unembedding", "Unit", "abstract_pool", "choose_dispatcher", "has_kernel", "kernel_attention",
-    "merged", "paged_attention", "param_shardings",
+    "NORMS", "Attention", "Auto", "Block", "Capacity", "Dense", "Dispatcher", "Einsum", "Embedding", "Experts",
+    "FeedForward", "FullPages", "GShardRouter", "GatedShared", "Gather", "Int8Pages", "KVCache", "KernelPages",
+    "LatentAttention", "LatentPages", "LayerNorm", "Layers", "Losses",
+    "Memory", "MergedExperts", "MoE", "MoEMetrics", "NoisyTopKRouter",
+    "Packed", "Paged", "Pool", "RMSNorm", "Ragged", "Reach", "Residual",
+    "Rope", "Router", "RouterState", "RouterStats", "Routing", "Shared", "SigmoidBiasRouter",
+    "SkyworkRouter", "SparseMixerRouter",
+    "Stack", "SwitchRouter", "TopKRouter", "Unembedding", "Unit", "abstract_pool", "choose_dispatcher", "has_kernel",
+    "kernel_attention", "merged", "paged_attention", "param_shardings",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ class Gating(NamedTuple):
     """fp32; a distribution over experts."""
     experts: Int[Array, "g s k"]
     valid: Bool[Array, "g s"]
+    chances: Float[Array, "g s e"] | None = None  # of each expert to be chosen, where the choice is drawn
 
 
 Sums = tuple[Float[Array, "..."], ...]
@@ -67,9 +68,8 @@ class BalanceLoss(Loss):
 
 @dataclasses.dataclass(frozen=True)
 class DeviceLoss(Loss):
-    """DeepSeekMoE's device-level loss (arXiv 2401.06066 eq. 15): :class:`BalanceLoss` between ``devices`` equal parts
-    of the experts instead of experts, over the batch.
-    """
+    """DeepSeekMoE's device-level loss (arXiv 2401.06066 eq. 15): :class:`BalanceLoss` over the batch, between
+    ``devices`` equal parts of the experts."""
 
     devices: int
 

@@ -12,9 +12,10 @@ from gshardx.layers.attention import Attention
 from gshardx.layers.balance import Sums
 from gshardx.layers.draws import dropout, folded
 from gshardx.layers.experts import FeedForward
+from gshardx.layers.latent import LatentAttention
 from gshardx.layers.memory import Memory
 from gshardx.layers.moe import MoE, MoEMetrics
-from gshardx.layers.norm import RMSNorm
+from gshardx.layers.norm import NORMS, Norm
 from gshardx.layers.remat import REMAT
 from gshardx.layers.routing import Losses, Router, RouterState
 
@@ -27,23 +28,28 @@ class Block(nnx.Module):
         attention, feed_forward: the two branches.
         dtypes: that each computes in; x keeps its own.
         dropout: share of each branch's output that training drops.
+        norm, norm_epsilon: of both norms.
+        residual_scale: factor on each branch's output; None: none.
     """
 
     def __init__(
         self,
         width: int,
-        attention: Attention,
+        attention: Attention | LatentAttention,
         feed_forward: FeedForward | MoE,
         *,
         dtypes: tuple[str, str],
         dropout: float = 0.0,
+        norm: Norm = "rms",
+        norm_epsilon: float = 1e-6,
+        residual_scale: float | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        self.attention_norm = RMSNorm(width, rngs=rngs)
+        self.attention_norm = NORMS[norm](width, rngs=rngs, epsilon=norm_epsilon)
         self.attention = attention
-        self.feed_forward_norm = RMSNorm(width, rngs=rngs)
+        self.feed_forward_norm = NORMS[norm](width, rngs=rngs, epsilon=norm_epsilon)
         self.feed_forward = feed_forward
-        self.dtypes, self.dropout = dtypes, dropout
+        self.dtypes, self.dropout, self.residual_scale = dtypes, dropout, residual_scale
 
     def __call__(
         self,
@@ -58,13 +64,17 @@ class Block(nnx.Module):
         """The output, the extended memory, and an MoE block's metrics."""
         at_attention, at_output, at_router = (None if keys is None else folded(keys, site) for site in range(3))
         out, memory = self.attention(self.attention_norm(x, self.dtypes[0]), positions, memory, layer)
-        x = x + dropout(out, at_attention, self.dropout).astype(x.dtype)
+        x = x + self._branch(out, at_attention).astype(x.dtype)
         normed, metrics = self.feed_forward_norm(x, self.dtypes[1]), None
         if isinstance(self.feed_forward, MoE):
             out, metrics = self.feed_forward(normed, valid, at_router, state)
         else:
             out = self.feed_forward(normed)
-        return x + dropout(out, at_output, self.dropout).astype(x.dtype), memory, metrics
+        return x + self._branch(out, at_output).astype(x.dtype), memory, metrics
+
+    def _branch(self, out: Float[Array, "b t m"], keys: Array | None) -> Float[Array, "b t m"]:
+        out = dropout(out, keys, self.dropout)
+        return out if self.residual_scale is None else out * self.residual_scale
 
 
 class Unit(nnx.Module):
@@ -98,10 +108,13 @@ class Stack(nnx.Module):
     Args:
         make: draws one unit.
         count: how many.
+        first: number of the first one's first layer.
         remat: what the backward pass makes again; a name of :data:`gshardx.layers.remat.REMAT`.
     """
 
-    def __init__(self, make: Callable[[nnx.Rngs], Unit], count: int, remat: str = "none", *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, make: Callable[[nnx.Rngs], Unit], count: int, remat: str = "none", first: int = 0, *, rngs: nnx.Rngs
+    ) -> None:
         @nnx.split_rngs(splits=count)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs: nnx.Rngs) -> Unit:
@@ -111,7 +124,7 @@ class Stack(nnx.Module):
         for _, parameter in nnx.iter_graph(self.units):
             if isinstance(parameter, nnx.Param):
                 parameter.set_metadata(axes=("layer", *parameter.get_metadata()["axes"]))
-        self.count, self.remat = count, remat
+        self.count, self.remat, self.first = count, remat, first
 
     @property
     def router(self) -> Router:
@@ -146,7 +159,8 @@ class Stack(nnx.Module):
         def step(carry, layer):  # type: ignore[no-untyped-def]
             x, memory = carry
             index, unit, state = layer
-            x, memory, metrics = nnx.merge(graph, unit)(x, positions, valid, memory, index * blocks, keys, state)
+            number = self.first + index * blocks
+            x, memory, metrics = nnx.merge(graph, unit)(x, positions, valid, memory, number, keys, state)
             return (x, memory), metrics
 
         layers = (jnp.arange(self.count), params, state)
@@ -161,9 +175,11 @@ class Layers(Stack):
     step reads and writes. Args as :class:`Stack`; where nothing is differentiated, ``remat`` has no effect.
     """
 
-    def __init__(self, make: Callable[[nnx.Rngs], Unit], count: int, remat: str = "none", *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, make: Callable[[nnx.Rngs], Unit], count: int, remat: str = "none", first: int = 0, *, rngs: nnx.Rngs
+    ) -> None:
         self.separate = nnx.List([make(rngs) for _ in range(count)])
-        self.count, self.remat = count, remat
+        self.count, self.remat, self.first = count, remat, first
 
     @property
     def router(self) -> Router:
@@ -181,7 +197,7 @@ class Layers(Stack):
         found = []
         for index, unit in enumerate(self.separate):
             own = jax.tree.map(lambda leaf, index=index: leaf[index], state)
-            first = index * (len(unit.dense) + 1)
+            first = self.first + index * (len(unit.dense) + 1)
             x, memory, metrics = unit(x, positions, valid, memory, first, keys, own)
             found.append(metrics)
         return x, memory, jax.tree.map(lambda *one_each: jnp.stack(one_each), *found)

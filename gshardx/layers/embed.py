@@ -22,10 +22,11 @@ class Embedding(nnx.Module):
         table = shard(self.table[...].astype(dtype), "vocab model")
         return shard(table[tokens], "batch time model")
 
-    def scores(self, x: Float[Array, "b t m"]) -> Float[Array, "b t v"]:
-        """Tied logits, fp32: ``x table^T / sqrt(m)``, of unit scale as the table's entries are (T5 scales alike)."""
+    def scores(self, x: Float[Array, "b t m"], scale: float | None = None) -> Float[Array, "b t v"]:
+        """Tied logits, fp32: ``scale x table^T``; by default ``1 / sqrt(m)``, so that they are of unit scale as the
+        table's entries are (T5 scales alike)."""
         table = shard(self.table[...].astype(x.dtype), "vocab model")
-        return shard(project(x * x.shape[-1] ** -0.5, table.T), "batch time vocab")
+        return shard(project(x * (x.shape[-1] ** -0.5 if scale is None else scale), table.T), "batch time vocab")
 
 
 class Unembedding(nnx.Module):

@@ -73,7 +73,7 @@ def kernel_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "t n d"]:
-    """As :func:`gshardx.layers.paged.paged_attention`, without windows and sinks, on a platform with such a kernel.
+    """As :func:`gshardx.layers.paged.paged_attention`, without reach and sinks, on a platform with such a kernel.
 
     Args:
         q: n query heads share the pool's heads; of the pool's dtype.

@@ -6,14 +6,15 @@ token's own position changes no bit, so neither does who else is in the batch.
 """
 
 import dataclasses
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gshardx.layers.kernel_pages import KernelPages, kernel_attention
-from gshardx.layers.pools import Pool
+from gshardx.layers.memory import Values
+from gshardx.layers.pools import LatentPages, Pool
 from gshardx.sharding import manual
 
 MASKED = -1e30
@@ -39,17 +40,29 @@ class Paged:
     positions: Int[Array, "b t"]
     longest: Int[Array, ""]
 
+    KEEPS: ClassVar[bool] = True
+
     def attend(
-        self, layer: int, q: Float[Array, "b t n d"], k: Float[Array, "b t q d"], v: Float[Array, "b t q d"]
-    ) -> "tuple[Float[Array, 'b t n d'], Paged]":
+        self,
+        layer: int,
+        q: Float[Array, "b t n d"],
+        k: Float[Array, "b t q d"],
+        v: Values,
+        *,
+        reach: Int[Array, "b t"] | None = None,
+        sinks: Float[Array, "n"] | None = None,
+    ) -> "tuple[Float[Array, 'b t n c'], Paged]":
         """Store ``k`` and ``v``, then answer each query from its sequence up to its own position."""
         pool = self.pools[layer]
-        by_head, by_kv_head = "batch time heads head_dim", "batch time kv_heads head_dim"
-        names = (by_head, by_kv_head, by_kv_head, pool.AXES, "batch time slot", "batch time", "batch time", "")
-        on_each = manual(
-            jax.vmap(_store_and_attend, in_axes=(0,) * 7 + (None,)), names, (by_head, pool.AXES), check_vma=False
-        )
-        out, new = on_each(q, k, v, pool, self.tables, self.sequence, self.positions, self.longest)
+        by_token, by_head, by_kv_head = "batch time", "batch time heads head_dim", "batch time kv_heads head_dim"
+        values = None if isinstance(pool, LatentPages) else v
+        if values is None:
+            by_kv_head = "batch time latent head_dim"
+        stored = (by_kv_head, by_kv_head, pool.AXES)
+        names = (by_head, *stored, "batch time slot", by_token, by_token, "", by_token, "heads")
+        over_rows = jax.vmap(_store_and_attend, in_axes=(0,) * 7 + (None, 0, None))
+        on_each = manual(over_rows, names, (by_head, pool.AXES), check_vma=False)
+        out, new = on_each(q, k, values, pool, self.tables, self.sequence, self.positions, self.longest, reach, sinks)
         pools = (*self.pools[:layer], new, *self.pools[layer + 1 :])
         return out, dataclasses.replace(self, pools=pools)
 
@@ -57,21 +70,24 @@ class Paged:
 def _store_and_attend(
     q: Float[Array, "t n d"],
     k: Float[Array, "t q d"],
-    v: Float[Array, "t q d"],
+    v: Float[Array, "t q d"] | None,
     pool: P,
     tables: Int[Array, "r pages"],
     sequence: Int[Array, "t"],
     positions: Int[Array, "t"],
     longest: Int[Array, ""],
+    reach: Int[Array, "t"] | None = None,
+    sinks: Float[Array, "n"] | None = None,
 ) -> tuple[Array, P]:
     table, size = tables[sequence], pool.shape[2]
     place = jnp.maximum(positions, 0)
     own = jnp.take_along_axis(table, place[:, None] // size, axis=1)[:, 0]
     page = jnp.where(positions < 0, 0, own)
     pool = pool.put(page, place % size, k, v)
-    if isinstance(pool, KernelPages) and q.dtype == pool.k.dtype:
+    plain = reach is None and sinks is None  # the kernels know neither
+    if plain and isinstance(pool, KernelPages) and q.dtype == pool.k.dtype:
         return kernel_attention(q, pool, table, positions), pool
-    return paged_attention(q, pool, table, positions, longest), pool
+    return paged_attention(q, pool, table, positions, longest, reach=reach, sinks=sinks), pool
 
 
 def paged_attention(
@@ -81,9 +97,9 @@ def paged_attention(
     positions: Int[Array, "t"],
     longest: Int[Array, ""],
     *,
-    window: int | None = None,
+    reach: Int[Array, "t"] | None = None,
     sinks: Float[Array, "n"] | None = None,
-) -> Float[Array, "t n d"]:
+) -> Float[Array, "t n c"]:
     """Softmax attention of each token to positions 0 to its own of the sequence whose pages ``table`` lists; fp32 sums.
 
     Args:
@@ -92,11 +108,11 @@ def paged_attention(
         table: pages of each token's sequence.
         positions: of each token; -1: padding, whose result means nothing.
         longest: how many pages of ``table`` to read.
-        window: see only the last so many positions, one's own among them (Mistral).
+        reach: how many positions before its own each token sees; None: all.
         sinks: a logit a head beside the scores, which takes weight and gives nothing (GPT-OSS).
     """
     t, n, d = q.shape
-    _, kv_heads, size, _ = pool.shape
+    _, kv_heads, size, width = pool.shape
     grouped = (q.astype(jnp.float32) * d**-0.5).reshape(t, kv_heads, n // kv_heads, d)
     first = jnp.full(grouped.shape[:3], MASKED) if sinks is None else _every_token(sinks, grouped.shape[:3])
 
@@ -105,8 +121,8 @@ def paged_attention(
         pages = jax.lax.dynamic_index_in_dim(table, number, axis=1, keepdims=False)
         at = number * size + jnp.arange(size, dtype=jnp.int32)
         seen = at <= positions[:, None]
-        if window is not None:
-            seen &= at > positions[:, None] - window
+        if reach is not None:
+            seen &= at >= (positions - reach)[:, None]
         keys, values = pool.read(pages)
         scores = jnp.einsum("tqgd,tqdl->tqgl", grouped, keys)
         scores = jnp.where(seen[:, None, None], scores, MASKED)
@@ -119,8 +135,12 @@ def paged_attention(
         return new_highest, total * kept + weights.sum(-1), found
 
     total = jnp.zeros_like(first) if sinks is None else jnp.ones_like(first)
-    _, total, found = jax.lax.fori_loop(0, longest, take_in, (first, total, jnp.zeros_like(grouped)))
-    return (found / jnp.maximum(total, 1e-30)[..., None]).reshape(t, n, d).astype(q.dtype)
+    nearest = jnp.int32(0)
+    if reach is not None:  # a page that nobody sees changes no bit
+        nearest = jnp.maximum(jnp.where(positions < 0, longest * size, positions - reach).min(), 0) // size
+    found = jnp.zeros((*first.shape, width))
+    _, total, found = jax.lax.fori_loop(nearest, longest, take_in, (first, total, found))
+    return (found / jnp.maximum(total, 1e-30)[..., None]).reshape(t, n, width).astype(q.dtype)
 
 
 def _every_token(sinks: Float[Array, "n"], shape: tuple[int, ...]) -> Float[Array, "t q g"]:

@@ -7,12 +7,13 @@ twice the time where it must turn them (jax 0.10, 32 queries).
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
+from gshardx.errors import BadInput
 from gshardx.layers.kernel_pages import KernelPages
 
 
@@ -24,16 +25,14 @@ class Pool(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """p, q, l, d."""
+        """p, q, l, and the width of values."""
         ...
 
-    def put(
-        self, page: Int[Array, "t"], place: Int[Array, "t"], k: Float[Array, "t q d"], v: Float[Array, "t q d"]
-    ) -> Self:
-        """Store a token's heads at ``place`` of ``page``."""
+    def put(self, page: Int[Array, "t"], place: Int[Array, "t"], k: Float[Array, "t q d"], v: Any) -> Self:
+        """Store a token's heads at ``place`` of ``page``; v ``[t, q, d]``, None where keys hold the values."""
         ...
 
-    def read(self, page: Int[Array, "t"]) -> tuple[Float[Array, "t q d l"], Float[Array, "t q l d"]]:
+    def read(self, page: Int[Array, "t"]) -> tuple[Float[Array, "t q d l"], Float[Array, "t q l c"]]:
         """Whole pages, fp32."""
         ...
 
@@ -62,6 +61,30 @@ class FullPages:
 
     def read(self, page: Int[Array, "t"]) -> tuple[Float[Array, "t q d l"], Float[Array, "t q l d"]]:
         return self.k[page].astype(jnp.float32), self.v[page].astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentPages:
+    """Keys alone, of one head that every device holds; the values are their first entries."""
+
+    k: Float[Array, "p 1 d l"]
+    values: int = dataclasses.field(metadata={"static": True})
+    """How many entries."""
+
+    AXES: ClassVar[str] = "batch slot latent head_dim time"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        pages, heads, _, size = self.k.shape
+        return pages, heads, size, self.values
+
+    def put(self, page: Int[Array, "t"], place: Int[Array, "t"], k: Float[Array, "t 1 d"], v: None) -> "LatentPages":
+        return dataclasses.replace(self, k=self.k.at[page, :, :, place].set(k.astype(self.k.dtype)))
+
+    def read(self, page: Int[Array, "t"]) -> tuple[Float[Array, "t 1 d l"], Float[Array, "t 1 l c"]]:
+        k = self.k[page].astype(jnp.float32)
+        return k, k[:, :, : self.values].swapaxes(2, 3)
 
 
 @jax.tree_util.register_dataclass
@@ -103,13 +126,27 @@ def _in_8_bits(x: Float[Array, "t q d"]) -> tuple[Int8[Array, "t q d"], Float[Ar
 
 
 def abstract_pool(
-    dtype: str, shape: tuple[int, ...], kernel: str | None, place: Callable[[tuple[int, ...], str, str], jax.Array]
+    dtype: str,
+    shape: tuple[int, ...],
+    kernel: str | None,
+    place: Callable[[tuple[int, ...], str, str], jax.Array],
+    values: int | None = None,
 ) -> Pool:
     """A pool of shape ``[..., p, q, l, d]``, its arrays as ``place`` makes them of shape, dtype and axes.
 
-    Full pages are those of a platform's kernel, if it is named.
+    Full pages are those of a platform's kernel, if it is named. ``values``: how many of a key's entries they are, where
+    they have no pages of their own.
+
+    Raises:
+        BadInput: such pages have no form in 8 bits or for a kernel.
     """
     *front, pages, heads, size, width = shape
+    if values is not None:
+        if kernel is not None:
+            raise BadInput(f"attention = pallas: no kernel of a {kernel} reads values from the keys' pages; use xla")
+        if dtype == "int8":
+            raise BadInput("kv_dtype = int8: pages whose keys hold the values have no form in 8 bits; use bfloat16")
+        return LatentPages(place((*front, pages, heads, width, size), dtype, LatentPages.AXES), values)
     if kernel is not None:
         array = place((*front, heads, pages, size, width), dtype, KernelPages.AXES)
         return KernelPages(array, array, kernel)

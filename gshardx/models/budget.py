@@ -35,6 +35,7 @@ from gshardx.layers import Auto, MoE, Ragged
 from gshardx.layers.balance import Gating
 from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.routing import LinearRouter
+from gshardx.models.attention import summed
 from gshardx.models.build import Blueprint, Params
 from gshardx.sharding import Allowance, Budget, bytes_per_device
 from gshardx.sharding.collectives import REDUCTIONS
@@ -92,8 +93,13 @@ def step_budget(
     allowances: list[Allowance] = []
     if "expert" in wide:
         allowances += _exchanges(plan, moe, sizes)
+    told = _told(sizes, wide)
     if "fsdp" in wide:
-        allowances += _gathers(plan, sizes, split)
+        gathered = _gathered(plan, sizes, split)
+        if told and told.axes == gathered.axes:
+            gathered, told = _added(gathered, told), None
+        allowances.append(gathered)
+    allowances += [told] if told else []
     if "tensor" in wide:
         allowances += _activations(plan, moe, sizes, mesh.shape["tensor"], small)
     crossed = [axis for axis in BATCH_AXES if axis in wide and sizes.backward]
@@ -104,7 +110,8 @@ def step_budget(
 
 def _has_loss_over_batch(plan: Blueprint, moe: MoE) -> bool:
     g, s, e, k = 1, 8, moe.router.num_experts, moe.router.top_k
-    shapes = [((g, s, e), jnp.float32), ((g, s, e), jnp.float32), ((g, s, k), jnp.int32), ((g, s), jnp.bool_)]
+    numbers = ((g, s, e), jnp.float32)
+    shapes = [numbers, numbers, ((g, s, k), jnp.int32), ((g, s), jnp.bool_), numbers]
     gating: Any = Gating(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))  # type: ignore[arg-type]
     weighted = {"balance", *plan.config.moe.losses}
     return any(len(jax.eval_shape(loss.sums, gating)) != 2 for name, loss in moe.router.losses if name in weighted)
@@ -121,8 +128,8 @@ def _sizes(plan: Blueprint, mesh: Mesh, moe: MoE, step: Step, rows: int, tokens:
         t=tokens,
         s=s,
         c=router.capacity.slots(s, router.num_experts, router.top_k, training),
-        moe_layers=config.layers // config.moe.every,
-        dense_layers=config.layers - config.layers // config.moe.every,
+        moe_layers=config.moe_layers,
+        dense_layers=config.layers - config.moe_layers,
         expert=mesh.shape["expert"],
         platform=str(mesh.devices.flat[0].platform),
     )
@@ -177,7 +184,18 @@ def _dispatcher(moe: MoE, z: _Sizes) -> Dispatcher:
     ).dispatcher
 
 
-def _gathers(plan: Blueprint, z: _Sizes, split: Params | None) -> list[Allowance]:
+def _told(z: _Sizes, wide: set[str]) -> Allowance | None:
+    """Of an evaluation: each row's nats and right guesses, for every process."""
+    axes = tuple(axis for axis in BATCH_AXES if axis in wide)
+    return Allowance("all-gather", axes, 2, 2 * z.b * _FLOAT) if axes and z.step == "forward" else None
+
+
+def _added(one: Allowance, other: Allowance) -> Allowance:
+    count, sent = ((getattr(one, name) or 0) + (getattr(other, name) or 0) for name in ("count", "bytes_per_device"))
+    return Allowance(one.op, one.axes, count, sent)
+
+
+def _gathered(plan: Blueprint, z: _Sizes, split: Params | None) -> Allowance:
     count = sent = 0
     later = plan.params if split is None or not z.backward else split
     names = jax.tree.leaves(plan.axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
@@ -186,7 +204,7 @@ def _gathers(plan: Blueprint, z: _Sizes, split: Params | None) -> list[Allowance
         times = passes * ("fsdp" in _axes(now)) + ("fsdp" in _axes(after) and "fsdp" not in _axes(now))
         count += times * (now.shape[0] if axes[0] == "layer" else 1)  # a stack is gathered layer by layer
         sent += times * bytes_per_device(after)
-    return [Allowance("all-gather", ("fsdp",), count, sent)]
+    return Allowance("all-gather", ("fsdp",), count, sent)
 
 
 def _reductions(wide: list[str]) -> Iterator[Allowance]:
@@ -208,9 +226,12 @@ def _reduced(params: Params, axis: str) -> int:
 def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) -> list[Allowance]:
     """Partial sums over ``tensor``, in fp32 at most. With a = b t m, and x what an MoE layer's experts take in:
 
-    - forward: the embedding a, each attention a, each dense network a, each MoE layer x; the loss 3 b t.
+    - forward: the embedding a, each attention a, each dense network a, each MoE layer x; the loss 3 b t. Norms over all
+      heads 2 b t an attention, for queries and keys.
     - backward, the gradients of inputs, one for each product that they enter: the logits' a, each attention 3 a
-      (queries, keys, values), each dense network a or, gated, 2 a, each MoE layer x or 2 x (sorted rows one more).
+      (queries, keys, values; where they are latent: :func:`gshardx.models.attention.summed`), each dense network a or,
+      gated, 2 a, each MoE layer x or 2 x (sorted rows one more). Norms over all heads 2 b t again; of those of each
+      head, the gradients of their 2 d weights.
     - ``remat``: the forward sums of each block again.
     """
     config = plan.config
@@ -224,7 +245,11 @@ def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) 
     x = rows * config.width * _FLOAT
     beside = z.moe_layers if config.moe.shared_hidden else 0
     forward = (config.layers + z.dense_layers + beside) * a + z.moe_layers * x
-    backward = (3 * config.layers + inputs * (z.dense_layers + beside)) * a + (inputs + extra) * z.moe_layers * x
+    backward = config.layers * z.b * z.t * summed(config) * _FLOAT
+    backward += inputs * (z.dense_layers + beside) * a + (inputs + extra) * z.moe_layers * x
+    over, norms = config.attention.get("qk_norm", "none"), 2 * config.layers * _FLOAT
+    forward += norms * z.b * z.t if over == "whole" else 0
+    backward += norms * {"head": config.head_dim, "whole": z.b * z.t}.get(over, 0)
     if z.step in ("prefill", "decode"):
         logits = z.b * plan.vocab // tensor * _FLOAT
         return [
@@ -241,9 +266,9 @@ def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) 
 def _small(plan: Blueprint, moe: MoE, z: _Sizes) -> int:
     """Bytes of scalars and statistics: in a training step two vectors over experts for each auxiliary loss and two for
     telemetry, its other sums (docs/routers), and for each parameter its part of the gradient's norm, twice. The
-    evaluation adds up its loss; inference adds up nothing."""
+    evaluation and inference add up nothing."""
     if z.step != "train":
-        return 2 * _FLOAT if z.step == "forward" else 0
+        return 0
     vectors = moe.router.num_experts * (2 + 2 * len(plan.config.moe.losses)) + 3 * moe.router.top_k + 32
     scalars = 2 * len(jax.tree.leaves(plan.params)) + 8
     return _FLOAT * (z.moe_layers * vectors + scalars)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from gshardx.config import ModelConfig
+from gshardx.errors import BadInput
 from gshardx.layers import RouterState, Stack
 from gshardx.models.decoder import Decoder
 from gshardx.sharding import variable_axes, variable_spec
@@ -66,6 +67,19 @@ class Blueprint:
     def bind(self, params: Params) -> Decoder:
         """The module with ``params`` in place; usable inside jit."""
         return nnx.merge(self.graph, params)
+
+
+def rows_of_vocabulary(config: ModelConfig, tokens: int) -> int:
+    """Rows of the embedding: one a token of the tokenizer, or as many as the config says.
+
+    Raises:
+        BadInput: the tokenizer has more tokens.
+    """
+    if config.vocab_size is not None and config.vocab_size < tokens:
+        raise BadInput(
+            f"model.vocab_size = {config.vocab_size} is less than the {tokens} tokens of the tokenizer; use {tokens}"
+        )
+    return config.vocab_size or tokens
 
 
 def blueprint(config: ModelConfig, vocab: int, mesh: Mesh, stack: Callable[..., Stack] = Stack) -> Blueprint:

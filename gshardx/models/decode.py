@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gshardx.layers import KVCache
+from gshardx.models.attention import kept
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import abstract_array
 
@@ -23,12 +24,12 @@ from gshardx.sharding import abstract_array
 class DecodeState:
     """What decoding carries from call to call; donated to each.
 
-    k, v: ``[layer, b, l, q, d]``; length: tokens of each row that are stored; logits: fp32 scores of each row's next
-    token.
+    k, v: ``[layer, b, l, q, d]``, v None where keys hold the values; length: tokens of each row that are stored;
+    logits: fp32 scores of each row's next token.
     """
 
     k: Float[Array, "layer b l q d"]
-    v: Float[Array, "layer b l q d"]
+    v: Float[Array, "layer b l q d"] | None
     length: Int[Array, "b"]
     logits: Float[Array, "b v"]
 
@@ -48,14 +49,15 @@ class Sampling(NamedTuple):
 def abstract_state(blueprint: Blueprint, rows: int, length: int, mesh: Mesh) -> DecodeState:
     """Shapes, dtypes and shardings of a state for ``rows`` rows of at most ``length`` tokens."""
     config = blueprint.config
-    cache = (config.layers, rows, length, config.kv_heads, config.head_dim)
+    heads, width, values = kept(config)
+    cache = (config.layers, rows, length, heads, width)
 
     def place(shape: tuple[int, ...], dtype: str, axes: str) -> Any:
         return abstract_array(shape, jnp.dtype(dtype), axes.split(), mesh, tensor="decode state")
 
     return DecodeState(
-        k=place(cache, config.dtype, KVCache.AXES),
-        v=place(cache, config.dtype, KVCache.AXES),
+        k=place(cache, config.dtype, KVCache.AXES if values is None else KVCache.SHARED),
+        v=place(cache, config.dtype, KVCache.AXES) if values is None else None,
         length=place((rows,), "int32", "batch"),
         logits=place((rows, blueprint.vocab), "float32", "batch model"),
     )

@@ -3,34 +3,40 @@
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.config import ModelConfig
 from gshardx.layers import (
+    NORMS,
     Attention,
     Block,
     Embedding,
     FeedForward,
+    LatentAttention,
     Memory,
     MoE,
     MoEMetrics,
-    RMSNorm,
     RouterState,
     Stack,
     Unembedding,
     Unit,
 )
 from gshardx.layers.draws import dropout, folded
-from gshardx.models.moe import build_moe
+from gshardx.layers.param import param
+from gshardx.models.attention import build_attention, check_attention
+from gshardx.models.moe import build_moe, check_router_options
+from gshardx.models.options import decoder_options
 
 _AT_EMBEDDING = 2**32 - 1
 """Where blocks fold their number into a row's key, the embedding folds this."""
 
 
 class Decoder(nnx.Module):
-    """Tokens to hidden states to logits; dense and MoE blocks in a repeating pattern (``config.moe.every``).
+    """Tokens to hidden states to logits; dense and MoE blocks in a repeating pattern (``config.moe.every``), perhaps
+    after dense ones (``config.moe.dense_first``).
 
     Args:
         config: sizes.
@@ -41,11 +47,16 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, vocab: int, *, rngs: nnx.Rngs, stack: Callable[..., Stack] = Stack) -> None:
         self.residual_dtype, self.logits_dtype = _dtype(config, "residual"), _dtype(config, "logits")
         self.dropout, self.logit_cap = config.dropout, config.logit_cap
+        self.embedding_scale, self.logit_scale = config.scales.get("embedding"), config.scales.get("logits")
+        options = decoder_options(config)
         self.embedding = Embedding(vocab, config.width, rngs=rngs)
-        units = config.layers // config.moe.every
-        self.stack = stack(lambda rngs: _unit(config, rngs), units, config.remat, rngs=rngs)
-        self.final_norm = RMSNorm(config.width, rngs=rngs)
+        first = config.moe.dense_first
+        self.stack = stack(lambda rngs: _unit(config, rngs), config.moe_layers, config.remat, first, rngs=rngs)
+        self.final_norm = NORMS[options.norm](config.width, rngs=rngs, epsilon=config.norm_epsilon)
         self.unembedding = None if config.tie_embeddings else Unembedding(vocab, config.width, rngs=rngs)
+        self.first = nnx.List([_dense(config, rngs) for _ in range(first)])
+        bias = options.logits_bias
+        self.logits_bias = param(rngs.params(), "vocab", (vocab,), jax.nn.initializers.zeros) if bias else None
 
     def hidden(
         self,
@@ -67,14 +78,29 @@ class Decoder(nnx.Module):
             state: the routers', stacked; ``self.stack.initial_state()`` at first.
         """
         x = self.embedding(tokens, jnp.dtype(self.residual_dtype))
+        x = x if self.embedding_scale is None else x * self.embedding_scale
         x = dropout(x, None if keys is None else folded(keys, _AT_EMBEDDING), self.dropout)
+        for layer, block in enumerate(self.first):
+            own = None if keys is None else folded(keys, layer)
+            x, memory, _ = block(x, positions, valid, memory, layer, own, ())
         x, memory, metrics = self.stack(x, positions, valid, memory, keys, state)
         return self.final_norm(x, self.logits_dtype), memory, metrics
 
     def logits(self, hidden: Float[Array, "b t m"]) -> Float[Array, "b t v"]:
         """Scores of the next token, fp32; capped to ``cap tanh(logits / cap)`` (Gemma 2, arXiv 2408.00118)."""
-        logits = self.embedding.scores(hidden) if self.unembedding is None else self.unembedding(hidden)
+        if self.unembedding is None:
+            logits = self.embedding.scores(hidden, self.logit_scale)
+        else:
+            logits = self.unembedding(hidden if self.logit_scale is None else hidden * self.logit_scale)
+        logits = logits if self.logits_bias is None else logits + self.logits_bias[...]
         return logits if self.logit_cap is None else self.logit_cap * jnp.tanh(logits / self.logit_cap)
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise BadInput unless all options that ``config`` names in mappings exist, and fit."""
+    decoder_options(config)
+    check_router_options(config.moe)
+    check_attention(config)
 
 
 def _dtype(config: ModelConfig, part: str) -> str:
@@ -82,27 +108,36 @@ def _dtype(config: ModelConfig, part: str) -> str:
 
 
 def _unit(config: ModelConfig, rngs: nnx.Rngs) -> Unit:
-    # Residual branches start small, 1 / sqrt(2 layers) of their input's scale each (GPT-2).
-    scale = 1.0 / math.sqrt(2 * config.layers)
+    sparse = build_moe(config, _output_scale(config), rngs)
+    dense = [_dense(config, rngs) for _ in range(config.moe.every - 1)]
+    return Unit(dense, _block(config, build_attention(config, _output_scale(config), rngs), sparse, "experts", rngs))
 
-    def attention() -> Attention:
-        return Attention(
-            config.width,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            rope_base=config.rope_base,
-            output_scale=scale,
-            rngs=rngs,
-        )
 
-    def block(feed_forward: FeedForward | MoE, part: str) -> Block:
-        dtypes = (_dtype(config, "attention"), _dtype(config, part))
-        return Block(config.width, attention(), feed_forward, dtypes=dtypes, dropout=config.dropout, rngs=rngs)
+def _dense(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    ffn = FeedForward(config.width, config.hidden, config.activation, output_scale=_output_scale(config), rngs=rngs)
+    return _block(config, build_attention(config, _output_scale(config), rngs), ffn, "feed_forward", rngs)
 
-    def dense() -> Block:
-        ffn = FeedForward(config.width, config.hidden, config.activation, output_scale=scale, rngs=rngs)
-        return block(ffn, "feed_forward")
 
-    sparse = build_moe(config, scale, rngs)
-    return Unit([dense() for _ in range(config.moe.every - 1)], block(sparse, "experts"))
+def _output_scale(config: ModelConfig) -> float:
+    """Residual branches start small, 1 / sqrt(2 layers) of their input's scale each (GPT-2)."""
+    return 1.0 / math.sqrt(2 * config.layers)
+
+
+def _block(
+    config: ModelConfig,
+    attention: Attention | LatentAttention,
+    feed_forward: FeedForward | MoE,
+    part: str,
+    rngs: nnx.Rngs,
+) -> Block:
+    return Block(
+        config.width,
+        attention,
+        feed_forward,
+        dtypes=(_dtype(config, "attention"), _dtype(config, part)),
+        dropout=config.dropout,
+        norm=decoder_options(config).norm,
+        norm_epsilon=config.norm_epsilon,
+        residual_scale=config.scales.get("residual"),
+        rngs=rngs,
+    )

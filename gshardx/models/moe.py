@@ -1,10 +1,7 @@
 """From a config to an MoE layer: router, dispatcher, experts, and what stands beside them."""
 
-import difflib
 import inspect
-import math
-from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from flax import nnx
 
@@ -28,6 +25,7 @@ from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.routing import ROUTERS, LinearRouter, Router
 from gshardx.layers.routing.choice import check_groups
 from gshardx.layers.shared import Beside, nothing
+from gshardx.models.options import Options, check_options
 
 _FROM_CONFIG = {"self", "width", "num_experts", "top_k", "capacity", "losses", "rngs", "common"}
 
@@ -90,7 +88,12 @@ def build_router(config: ModelConfig, rngs: nnx.Rngs) -> Router:
     return made(width=config.width, num_experts=moe.num_experts, **common, **options)
 
 
-def router_options(name: str) -> Mapping[str, inspect.Parameter]:
+def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """The sides of each matrix of a router, the tokens' first."""
+    return ROUTERS[config.moe.router].matrices(config.width, config.moe.num_experts)
+
+
+def router_options(name: str) -> Options:
     """What ``model.moe.router_options`` may hold for the router ``name``."""
     options: dict[str, inspect.Parameter] = {}
     for kind in reversed(ROUTERS[name].__mro__):
@@ -108,24 +111,14 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
     known = router_options(moe.router)
     if moe.router == "switch" and moe.top_k != 1:
         raise BadInput(f"model.moe.router = switch chooses one expert, but model.moe.top_k = {moe.top_k}; use top_k 1")
-    for name, value in moe.router_options.items():
-        where = f"model.moe.router_options.{name}"
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise BadInput(f"{where}: router {moe.router!r} has no such option; did you mean {nearest!r}?")
-        wanted = known[name].annotation
-        if get_origin(wanted) is Literal:
-            if value not in get_args(wanted):
-                raise BadInput(f"{where} = {value}: use one of {', '.join(map(str, get_args(wanted)))}")
-        elif isinstance(value, bool) != (wanted is bool) or not isinstance(value, (int, wanted)):
-            raise BadInput(f"{where} = {value}: expected {wanted.__name__}")
-        elif not isinstance(value, bool) and not 0 <= value < math.inf:
-            raise BadInput(f"{where} = {value}: must be 0 or more, and finite")
+    options = check_options("model.moe.router_options", moe.router_options, known, f"router {moe.router!r}")
     groups, kept = (int(moe.router_options.get(name, 1)) for name in ("groups", "groups_kept"))
     try:
         check_groups(moe.num_experts, moe.top_k, groups, kept)
     except BadInput as error:
         raise BadInput(f"model.moe.router_options.{error}") from error
+    if "load" in moe.losses and "load" not in ROUTERS[moe.router].LOSSES:
+        raise BadInput("model.moe.losses.load needs a router that draws noise; use model.moe.router noisy_top_k")
     for name in {"device", "communication"} & set(moe.losses):
         if "groups" not in known:
             raise BadInput(
@@ -133,7 +126,7 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
             )
         if groups == 1:
             raise BadInput(f"model.moe.losses.{name} needs groups of experts; set model.moe.router_options.groups")
-    return dict(moe.router_options)
+    return options
 
 
 def _loss(name: str, moe: MoEConfig) -> Loss:

@@ -4,14 +4,14 @@ import argparse
 import difflib
 import json
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 
+from gshardx.arguments import CommandParser
 from gshardx.cli import parse_config, run_command
 from gshardx.config import Config
 from gshardx.errors import BadInput
-from gshardx.models.moe import check_router_options
+from gshardx.models.decoder import check_model
 from gshardx.plan.estimate import advice
 from gshardx.plan.limits import read_limits
 from gshardx.plan.plots import check_plot, plot
@@ -30,17 +30,12 @@ them); the product of mesh.* is the number of devices. Exit codes: 0 done, 2 bad
 BROKEN, TOO_LARGE = 3, 4
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see {self.prog} --help)")
-
-
 def main(argv: list[str]) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     _check_flags(parser, rest)
     config, _ = parse_config(PROG, DESCRIPTION, [f"--config={arguments.config}", *rest])
-    check_router_options(config.model.moe)
+    check_model(config.model)
     _check_combination(arguments)
     limits = read_limits(arguments.budget) if arguments.budget else None
     if arguments.plot:
@@ -68,8 +63,8 @@ def main(argv: list[str]) -> int:
     return BROKEN if breaches else 0
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog=PROG, description=DESCRIPTION)
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file of a run")
     parser.add_argument(
         "--topology",
@@ -91,7 +86,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _check_flags(parser: _Parser, rest: list[str]) -> None:
+def _check_flags(parser: CommandParser, rest: list[str]) -> None:
     """Raise BadInput for a flag that is nearer to one of the planner's than to a key of the config."""
     ours = [option for action in parser._actions for option in action.option_strings]
     for flag in (text.split("=")[0] for text in rest):

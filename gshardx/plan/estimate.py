@@ -12,6 +12,11 @@ from gshardx.config import Config, ModelConfig
 from gshardx.errors import BadInput
 from gshardx.layers import Capacity
 from gshardx.layers.remat import REMAT
+from gshardx.models.attention import matrices as projections
+from gshardx.models.attention import summed, widths
+from gshardx.models.attention import vectors as vectors_of_attention
+from gshardx.models.moe import router_matrices
+from gshardx.models.options import decoder_options
 from gshardx.plan import update
 from gshardx.plan.network import seconds
 from gshardx.plan.program import Serving, vocabulary
@@ -68,7 +73,9 @@ class _Sizes:
     matrices: int
     itemsize: int
     whole: int
-    """Parameters that no axis splits: norms, and biases of routers."""
+    """Parameters that no axis splits: norms, and biases of routers and of attention's output."""
+    heads: float
+    """Biases of queries, keys, values and logits, and norms over all heads: tensor splits them, and fsdp does not."""
     shared: float
     """Other parameters outside the experts, tensor split counted, whole over fsdp."""
     expert: float
@@ -82,7 +89,7 @@ class _Sizes:
 
     @property
     def not_over_fsdp(self) -> float:
-        return self.whole + self.expert_biases
+        return self.whole + self.heads + self.expert_biases
 
 
 def estimate(config: Config, topology: Topology) -> Estimate:
@@ -122,9 +129,12 @@ def _sizes(config: Config) -> _Sizes:
     if moe.capacity_factor is None and moe.dispatcher in ("auto", "ragged"):
         slots = tokens * moe.top_k
     matrices = 3 if model.activation.endswith("glu") else 2
-    sparse = model.layers // moe.every
-    m, d, e = model.width, model.head_dim, moe.num_experts
-    attention = m * d * (2 * model.heads + 2 * model.kv_heads) * model.layers
+    sparse = model.moe_layers
+    m, e = model.width, moe.num_experts
+    attention, unsplit = (
+        model.layers * sum(one.inputs * one.outputs for one in projections(model) if one.split == split)
+        for split in (True, False)
+    )
     ffn = matrices * m * (model.hidden * (model.layers - sparse) + moe.shared_hidden * sparse)
     vocab = vocabulary(config)
     # Beside the routed experts: GatedShared has a vector, Residual a matrix of two columns and two biases.
@@ -132,6 +142,9 @@ def _sizes(config: Config) -> _Sizes:
     joined_biases = 2 if moe.shared_hidden and moe.shared == "residual" else 0
     experts = (matrices * m * moe.hidden / mesh.tensor + (m if moe.biases else 0)) * e * sparse
     biases = (matrices - 1) * moe.hidden * e * sparse if moe.biases else 0
+    gates = sum(map(math.prod, router_matrices(model))) + joined
+    vectors, options = vectors_of_attention(model), decoder_options(model)
+    norms = (2 * model.layers + 1) * m * (2 if options.norm == "layer" else 1)
     return _Sizes(
         tokens=tokens,
         slots=slots,
@@ -140,8 +153,9 @@ def _sizes(config: Config) -> _Sizes:
         sparse_layers=sparse,
         matrices=matrices,
         itemsize=2 if model.dtype == "bfloat16" else 4,
-        whole=m * (2 * model.layers + 1) + joined_biases * sparse,
-        shared=(attention + ffn + update.tables(model) * m * vocab) / mesh.tensor + (m * e + joined) * sparse,
+        whole=norms + vectors.whole * model.layers + joined_biases * sparse,
+        heads=(vectors.split * model.layers + (vocab if options.logits_bias else 0)) / mesh.tensor,
+        shared=(attention + ffn + update.tables(model) * m * vocab) / mesh.tensor + unsplit + gates * sparse,
         expert=experts / mesh.expert,
         expert_biases=biases / mesh.expert / mesh.tensor,
     )
@@ -150,13 +164,13 @@ def _sizes(config: Config) -> _Sizes:
 def _flops(config: Config, sizes: _Sizes) -> float:
     """Matrix products of a step: forward, twice that backward, and what rematerialisation repeats of the layers."""
     model, moe, tensor = config.model, config.model.moe, config.mesh.tensor
-    m, d, tokens = model.width, model.head_dim, sizes.tokens
-    projections = 2 * tokens * m * d * (2 * model.heads + 2 * model.kv_heads) / tensor
-    scores = 4 * tokens * config.data.sequence_length * model.heads * d / tensor
+    m, tokens = model.width, sizes.tokens
+    products = sum(2 * tokens * one.inputs * one.outputs / (tensor if one.split else 1) for one in projections(model))
+    scores = 2 * tokens * config.data.sequence_length * model.heads * sum(widths(model)) / tensor
     dense = 2 * sizes.matrices * tokens * m * model.hidden / tensor
     sparse = 2 * sizes.matrices * m * (sizes.slots * moe.hidden + tokens * moe.shared_hidden) / tensor
-    sparse += 2 * tokens * m * moe.num_experts
-    layers = (projections + scores) * model.layers + dense * sizes.dense_layers + sparse * sizes.sparse_layers
+    sparse += 2 * tokens * sum(map(math.prod, router_matrices(model)))
+    layers = (products + scores) * model.layers + dense * sizes.dense_layers + sparse * sizes.sparse_layers
     return 3 * layers + _repeated(config, sizes, layers, scores) + 3 * 2 * tokens * m * sizes.vocab / tensor
 
 
@@ -178,13 +192,21 @@ def _traffic(config: Config, sizes: _Sizes) -> float:
     model, moe, tensor = config.model, config.model.moe, config.mesh.tensor
     passes = 3 if model.remat in _PRODUCTS_KEPT else 4
     weights = sizes.over_fsdp * sizes.itemsize * passes
-    per_token = 8 * model.width + 4 * (model.heads + model.kv_heads) * model.head_dim / tensor
+    # A norm reads all of them before it writes the first.
+    normed = 2 * (model.heads + model.kv_heads) * model.head_dim if "qk_norm" in model.attention else 0
+    per_token = 8 * model.width + 2 * _made(model, tensor) + normed / tensor
     scores = 3 * config.data.sequence_length * model.heads / tensor
     dense = 2 * model.width + 2 * sizes.matrices * model.hidden / tensor
     values = sizes.tokens * ((per_token + scores) * model.layers + dense * sizes.dense_layers)
     values += sizes.slots * (4 * model.width + 2 * sizes.matrices * moe.hidden / tensor) * sizes.sparse_layers
     logits = 6 * sizes.tokens * sizes.vocab / tensor * _FP32
     return weights + values * sizes.itemsize * passes + logits
+
+
+def _made(model: ModelConfig, tensor: int) -> float:
+    """Entries that a token has between attention's projections."""
+    *before, last = projections(model)
+    return last.inputs / tensor + sum(one.outputs / (tensor if one.split else 1) for one in before)
 
 
 def _activations(model: ModelConfig, sizes: _Sizes, tensor: int, remat: str) -> float:
@@ -194,8 +216,7 @@ def _activations(model: ModelConfig, sizes: _Sizes, tensor: int, remat: str) -> 
     elif remat == "keep_all_to_all":
         kept = (sizes.tokens + 2 * sizes.slots) * model.width * sizes.sparse_layers
     else:
-        heads = (2 * model.heads + 2 * model.kv_heads) * model.head_dim / tensor
-        each = sizes.tokens * (6 * model.width + heads)
+        each = sizes.tokens * (6 * model.width + _made(model, tensor))
         dense = sizes.tokens * sizes.matrices * model.hidden / tensor
         sparse = sizes.slots * (2 * model.width + sizes.matrices * model.moe.hidden / tensor)
         kept = each * model.layers + dense * sizes.dense_layers + sparse * sizes.sparse_layers
@@ -233,7 +254,9 @@ def _sends(config: Config, sizes: _Sizes, topology: Topology, mesh: MeshConfig) 
     wire = 2 if model.moe.wire == "bfloat16" else sizes.itemsize
     exchanges = (6 if model.remat == "full" else 4) * sizes.sparse_layers
     yield took("all-to-all", exchanges * sizes.slots * model.width * wire, "expert", count=exchanges)
-    gathers = 4 * model.layers + sizes.matrices * model.layers + sizes.sparse_layers + 2  # one for each matrix
+    gathers = (
+        len(projections(model)) * model.layers + sizes.matrices * model.layers + sizes.sparse_layers + 2
+    )  # one for each matrix
     split = sizes.over_fsdp / mesh.fsdp
     if zero == 3:
         yield 2 * took("all-gather", split * sizes.itemsize, "fsdp", count=gathers)
@@ -246,6 +269,11 @@ def _sends(config: Config, sizes: _Sizes, topology: Topology, mesh: MeshConfig) 
     yield took("all-reduce", sizes.expert / mesh.fsdp * sizes.itemsize, "data")
     count, rows = _partial_sums(model, sizes)
     yield took("all-reduce", rows * model.width * sizes.itemsize, "tensor", count=count)
+    if (
+        model.attention.get("qk_norm") == "whole"
+    ):  # mean squares, forward and wherever they are made again, and backward
+        norms = 2 * model.layers * (2 if model.remat in _PRODUCTS_KEPT else 3)
+        yield took("all-reduce", norms * sizes.tokens * _FP32, "tensor", count=norms)
     for op, axis, number, values in update.sends(config):
         yield took(op, values * _FP32, axis, count=number)
 
@@ -257,12 +285,12 @@ def _partial_sums(model: ModelConfig, sizes: _Sizes) -> tuple[int, float]:
     beside = sparse if model.moe.shared_hidden else 0
     again = 1 if model.remat in _PRODUCTS_KEPT else 2
 
-    def total(tokens: int, slots: int) -> int:
+    def total(tokens: int, slots: int, inputs_of_attention: float = 3.0) -> float:
         forward = (model.layers + dense + beside) * tokens + sparse * slots
-        backward = (3 * model.layers + inputs * (dense + beside)) * tokens + inputs * sparse * slots
+        backward = (inputs_of_attention * model.layers + inputs * (dense + beside)) * tokens + inputs * sparse * slots
         return 2 * tokens + again * forward + backward
 
-    return total(1, 1), total(sizes.tokens, sizes.slots)
+    return int(total(1, 1)), total(sizes.tokens, sizes.slots, summed(model) / model.width)
 
 
 def advice(config: Config, topology: Topology, plan: Plan, serving: Serving) -> list[str]:

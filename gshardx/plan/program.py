@@ -18,7 +18,7 @@ from gshardx.data.sources import known_tokenizer
 from gshardx.data.tokenizer import build_tokenizer
 from gshardx.models import decode
 from gshardx.models.budget import Step
-from gshardx.models.build import Blueprint, blueprint
+from gshardx.models.build import Blueprint, blueprint, rows_of_vocabulary
 from gshardx.models.generator import compile_decode, compile_prefill
 from gshardx.sharding import CompiledStep, bytes_per_device
 from gshardx.train.job import Job
@@ -67,12 +67,12 @@ class Compiled:
 
 
 def vocabulary(config: Config) -> int:
-    """Tokens of the model's vocabulary, without reading the training text.
+    """Rows of the model's embedding, without reading the training text.
 
     Raises:
         BadInput: the tokenizer's file can't be read.
     """
-    return _vocabulary(known_tokenizer(config.data), config.data.vocab_size)
+    return rows_of_vocabulary(config.model, _vocabulary(known_tokenizer(config.data), config.data.vocab_size))
 
 
 @functools.cache  # a search asks thousands of times

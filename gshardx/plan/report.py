@@ -2,16 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from gshardx.config import Config
 from gshardx.errors import BadInput
 from gshardx.models.budget import Step
 from gshardx.models.build import Blueprint
+from gshardx.models.count import count_parameters
 from gshardx.plan.memory import KINDS, by_kind
 from gshardx.plan.program import Compiled, Serving, TooLarge, compile_program, model_on
 from gshardx.plan.roofline import Roofline, roofline
@@ -96,7 +95,7 @@ def make_plan(config: Config, topology: Topology, step: Step, serving: Serving) 
         hbm_bytes=int(topology.chip.hbm_bytes),
         parameters=count_parameters(blueprint),
         active_parameters=count_parameters(blueprint, active=True),
-        moe_layers=config.model.layers // config.model.moe.every,
+        moe_layers=config.model.moe_layers,
         memory=dict.fromkeys((*KINDS, "peak")),
         tokens=tokens,
         warnings=complaints(compiled.log),
@@ -160,18 +159,6 @@ def example_mesh(config: Config, devices: int) -> str:
     fsdp = math.gcd(devices // expert, config.model.width)
     data = devices // expert // fsdp
     return f"--mesh.data {data} --mesh.fsdp {fsdp} --mesh.expert {expert} --mesh.tensor 1"
-
-
-def count_parameters(blueprint: Blueprint, active: bool = False) -> int:
-    """Numbers in the model; with ``active`` only those that a token meets: of each layer's experts, top_k."""
-    moe = blueprint.config.moe
-    arrays = jax.tree.leaves(blueprint.params)
-    names: Sequence[Any] = jax.tree.leaves(blueprint.axes, is_leaf=lambda x: isinstance(x, tuple))
-    sizes = (
-        math.prod(a.shape) * (moe.top_k if active and "expert" in axes else moe.num_experts) // moe.num_experts
-        for a, axes in zip(arrays, names, strict=True)
-    )
-    return sum(sizes)
 
 
 def tokens_of(config: Config, step: Step, serving: Serving) -> int:

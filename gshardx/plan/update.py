@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Iterator
 
 from gshardx.config import Config, ModelConfig
+from gshardx.models.attention import matrices as projections
+from gshardx.models.moe import router_matrices
 
 _ITERATIONS = 5  # of Newton-Schulz
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stack:
-    """Parameters of one kind: matrices of the model's width, which ``fsdp`` splits, by another side."""
+    """Parameters of one kind: matrices of a width, mostly the model's, which ``fsdp`` splits, by another side."""
 
     times: int
     """How many such parameters there are."""
@@ -36,7 +38,7 @@ class _Stack:
 
 def _stacks(config: Config) -> list[_Stack]:
     model, moe, mesh = config.model, config.model.moe, config.mesh
-    units, kinds = model.layers // moe.every, 3 if model.activation.endswith("glu") else 2
+    units, kinds = model.moe_layers, 3 if model.activation.endswith("glu") else 2
 
     def stack(times: int, other: int, experts: int = 1) -> _Stack:
         return _Stack(times, units, experts, model.width, other, mesh.tensor)
@@ -44,14 +46,20 @@ def _stacks(config: Config) -> list[_Stack]:
     def flat(times: int, layers: int, other: int, split: int = 1) -> _Stack:
         return _Stack(times, layers, 1, model.width, other, split, hidden=False)
 
-    beside = bool(moe.shared_hidden)
+    def once(times: int, other: int) -> _Stack:
+        return _Stack(times, 1, 1, model.width, other, mesh.tensor)
+
+    *before, last = projections(model)
+    sides = [(one.inputs, one.outputs, one.split) for one in before] + [(last.outputs, last.inputs, last.split)]
+    beside, first = bool(moe.shared_hidden), moe.dense_first
     return [
-        stack(2 * moe.every, model.heads * model.head_dim),
-        stack(2 * moe.every, model.kv_heads * model.head_dim),
+        *(_Stack(first, 1, 1, width, other, mesh.tensor if split else 1) for width, other, split in sides),
+        once(kinds * first, model.hidden),
+        *(_Stack(moe.every, units, 1, width, other, mesh.tensor if split else 1) for width, other, split in sides),
         stack(kinds * (moe.every - 1), model.hidden),
         stack(kinds, moe.hidden, moe.num_experts // mesh.expert),
         stack(kinds * beside, moe.shared_hidden),
-        flat(1, units, moe.num_experts),  # routers
+        *(_Stack(1, units, 1, width, other, 1, hidden=False) for width, other in router_matrices(model)),
         flat(int(beside and moe.shared == "residual"), units, 2),
     ]
 

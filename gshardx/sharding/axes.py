@@ -37,6 +37,7 @@ RULES: Rules = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "latent": (),  # what several heads are compressed to, which all of them read
     "vocab": ("tensor",),
     "router": (),  # a router's expert axis: every device scores all experts
 }

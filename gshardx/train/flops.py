@@ -1,8 +1,13 @@
 """Useful FLOPs of a step, and the rate to hold them against."""
 
+import math
+
 import jax
 
 from gshardx.config import ModelConfig
+from gshardx.models.attention import matrices as projections
+from gshardx.models.attention import widths
+from gshardx.models.moe import router_matrices
 from gshardx.sharding.chips import chip_of, matmul_rate
 
 
@@ -11,13 +16,14 @@ def forward_flops_per_token(config: ModelConfig, vocab: int, sequence_length: in
 
     Matrix products only, 2 FLOPs a multiply-add; attention counts the causal half of the scores.
     """
-    m, d, moe = config.width, config.head_dim, config.moe
+    m, moe = config.width, config.moe
     matrices = 3 if config.activation.endswith("glu") else 2
-    attention = 2 * m * d * (2 * config.heads + 2 * config.kv_heads) + 2 * config.heads * d * sequence_length
-    sparse_layers = config.layers // moe.every
+    attention = sum(2 * one.inputs * one.outputs for one in projections(config))
+    attention += config.heads * sum(widths(config)) * sequence_length
+    sparse_layers = config.moe_layers
     dense = 2 * matrices * m * config.hidden * (config.layers - sparse_layers)
     dense += 2 * matrices * m * moe.shared_hidden * sparse_layers
-    router = 2 * m * moe.num_experts * sparse_layers
+    router = 2 * sum(map(math.prod, router_matrices(config))) * sparse_layers
     experts = 2 * matrices * m * moe.hidden * moe.top_k * sparse_layers
     return attention * config.layers + dense + router + 2 * m * vocab, experts
 

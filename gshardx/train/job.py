@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from gshardx.config import Config
 from gshardx.models.build import Blueprint, Params, Variables, blueprint
 from gshardx.sharding import CompiledStep, build_mesh
-from gshardx.train.objective import Batch
+from gshardx.train.objective import Batch, RowScores
 from gshardx.train.optimizer import build_optimizer
 from gshardx.train.state import TrainState, abstract_state, init_state, whole_over_fsdp
 from gshardx.train.step import StepMetrics, TrainStep, abstract_batch, compile_eval_step, compile_train_step
@@ -53,9 +53,11 @@ class Job:
     def _averages(self) -> bool:
         return self.config.optimizer.ema_decay is not None
 
-    def init_state(self) -> TrainState:
-        """Step 0."""
-        return init_state(self.blueprint, self.optimizer, self.config.seed, self.mesh, self.split, self._averages)
+    def init_state(self, variables: Variables | None = None) -> TrainState:
+        """Step 0, with ``variables`` or new ones."""
+        return init_state(
+            self.blueprint, self.optimizer, self.config.seed, self.mesh, self.split, self._averages, variables
+        )
 
     @cached_property
     def batch(self) -> Batch:
@@ -79,7 +81,7 @@ class Job:
         return compile_train_step(self.update, self.state, self.batch, self.mesh, donate=not self.config.debug.nans)
 
     @cached_property
-    def eval_step(self) -> CompiledStep[[Variables, Batch], Array]:
+    def eval_step(self) -> CompiledStep[[Variables, Batch], RowScores]:
         return compile_eval_step(self.blueprint, self.batch, self.mesh)
 
     @cached_property

@@ -6,13 +6,18 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from gshardx.train.flops import forward_flops_per_token, peak_flops
+from gshardx.train.goodput import Goodput, scalars_of
 from gshardx.train.guard import Guard
 from gshardx.train.job import Job
-from gshardx.train.metrics import Progress, Scalars, Trackers, step_scalars
+from gshardx.train.metrics import Scalars, step_scalars
+from gshardx.train.progress import Progress
 from gshardx.train.schedules import schedule
 from gshardx.train.step import StepMetrics
+from gshardx.train.trackers import Trackers
 
 
 class _Pending(NamedTuple):
@@ -25,11 +30,19 @@ class Meter:
     """Fetches each step's metrics when the next step is under way, so that logging never keeps the device waiting."""
 
     def __init__(
-        self, job: Job, guard: Guard, trackers: Trackers, progress: Progress, say: Callable[[str], None]
+        self,
+        job: Job,
+        guard: Guard,
+        trackers: Trackers,
+        progress: Progress,
+        goodput: Goodput,
+        say: Callable[[str], None],
     ) -> None:
         config = job.config
+        self._goodput = goodput
         self._guard, self._trackers, self._progress, self._config = guard, trackers, progress, config
-        self._learning_rate = schedule(config.optimizer, config.train.steps)
+        # All at once: a schedule is some twenty operations, each compiled, and each a trip to the device for one step.
+        self._rates = np.asarray(schedule(config.optimizer, config.train.steps)(jnp.arange(config.train.steps)))
         self._flops = forward_flops_per_token(config.model, job.blueprint.vocab, config.data.sequence_length)
         self._peak, source = peak_flops(job.mesh.size)
         say(f"MFU is against {self._peak / 1e12:.3g} TFLOP/s ({source})")
@@ -56,8 +69,10 @@ class Meter:
         fetched = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        rate = float(self._learning_rate(step - 1 - self._guard.skipped))  # skipped steps do not count
+        rate = float(self._rates[max(0, step - 1 - self._guard.skipped)])  # skipped steps do not count
         scalars = step_scalars(fetched, rate, seconds, self._flops, self._peak) | beside | (more or {})
+        scalars |= scalars_of(self._goodput.seconds)
+        self._trackers.load(step, fetched.stats)
         if more or step % self._config.train.log_every == 0:
             self._trackers.write(step, scalars)
         self._progress.show(step, scalars)

@@ -31,18 +31,21 @@ class TokenLosses(NamedTuple):
     """The same with smoothed labels and the weighted z-loss."""
 
 
+class RowScores(NamedTuple):
+    """Sums over the targets of each row that count."""
+
+    nats: Float[Array, "b"]
+    """Cross-entropy."""
+    right: Float[Array, "b"]
+    """Targets that no other token has a greater logit than."""
+
+
 def token_losses(
     plan: Blueprint, variables: Variables, batch: Batch, keys: Array | None, config: TrainConfig
 ) -> tuple[TokenLosses, MoEMetrics]:
     """Losses of a batch's targets, and MoE metrics; ``keys``: one a row, None for inference."""
-    model = plan.bind(variables.params)
-    hidden, _, moe = model.hidden(
-        batch.tokens, batch.positions, batch.segments > 0, Packed.of(batch.segments), keys, variables.router
-    )
-    logits = model.logits(hidden)
-    total = jax.nn.logsumexp(logits, axis=-1)
-    # The target's logit by one-hot product: a gather's backward pass is a scatter into all logits.
-    of_target = jnp.sum(logits * jax.nn.one_hot(batch.targets, logits.shape[-1], dtype=logits.dtype), axis=-1)
+    logits, moe = _logits(plan, variables, batch, keys)
+    total, of_target = jax.nn.logsumexp(logits, axis=-1), _of_target(logits, batch)
     nats = jnp.sum((total - of_target) * batch.weights)
     extra = jnp.zeros(())
     if (
@@ -52,6 +55,31 @@ def token_losses(
     if config.z_loss:
         extra += config.z_loss * jnp.sum(total**2 * batch.weights)
     return TokenLosses(nats, nats + extra), moe
+
+
+def row_scores(plan: Blueprint, variables: Variables, batch: Batch) -> RowScores:
+    """How well each row is predicted; no token is dropped."""
+    logits, _ = _logits(plan, variables, batch, None)
+    # One maximum for both: over a split vocabulary it is a reduction, and an argmax would gather.
+    largest, of_target = logits.max(-1), _of_target(logits, batch)
+    nats = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(-1)) - of_target
+    right = of_target >= largest
+    return RowScores((nats * batch.weights).sum(-1), (right * batch.weights).sum(-1))
+
+
+def _logits(
+    plan: Blueprint, variables: Variables, batch: Batch, keys: Array | None
+) -> tuple[Float[Array, "b t v"], MoEMetrics]:
+    model = plan.bind(variables.params)
+    hidden, _, moe = model.hidden(
+        batch.tokens, batch.positions, batch.segments > 0, Packed.of(batch.segments), keys, variables.router
+    )
+    return model.logits(hidden), moe
+
+
+def _of_target(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array, "b t"]:
+    """By one-hot product: a gather's backward pass is a scatter into all logits."""
+    return jnp.sum(logits * jax.nn.one_hot(batch.targets, logits.shape[-1], dtype=logits.dtype), axis=-1)
 
 
 def auxiliary_loss(

@@ -7,27 +7,37 @@ import numpy as np
 
 from gshardx.models.build import Variables
 from gshardx.models.generator import Generator, SamplingOptions
-from gshardx.train.evaluate import xz_bits_per_byte
+from gshardx.train.evaluate import BITS_PER_BYTE, xz_bits_per_byte
+from gshardx.train.goodput import Goodput, in_words
 from gshardx.train.job import Job
+from gshardx.train.metrics import Scalars
 from gshardx.train.run_dir import RunDir
 from gshardx.train.text import Text
 
 
 def report(
-    job: Job, run: RunDir, text: Text, variables: Variables, bits: float, command: str, say: Callable[[str], None]
+    job: Job,
+    run: RunDir,
+    text: Text,
+    variables: Variables,
+    scores: Scalars,
+    command: str,
+    goodput: Goodput,
+    say: Callable[[str], None],
 ) -> None:
-    """Sample, and print the run's summary; ``bits`` per byte of held-out text."""
+    """Sample, and print the run's summary; ``scores``: of held-out text."""
     xz = xz_bits_per_byte(text)
-    documents, size = len(text.held_out), text.held_out_bytes
-    say(f"\nvalidation  {bits:.3f} bits per byte on {documents} held-out document(s), {size:,} bytes")
+    documents, size = len(text.held_out.documents), sum(text.held_out.sizes)
+    say(f"\nvalidation  {scores[BITS_PER_BYTE]:.3f} bits per byte on {documents} held-out document(s), {size:,} bytes")
     if xz is not None:
         say(f"            ({xz:.3f} for xz -9e, which reads the training text first)")
     if job.config.train.sample_tokens:
         say(f"sample      {_sample(job, variables, text)}")
+    say(f"goodput     {in_words(goodput.seconds)}")
     say(f"run         {run.path}")
     say(f"resume      {command}")
     say(f'generate    python -m gshardx.infer generate --run {run.path} --prompt "To be" --max_new_tokens 100')
-    say(f"look        tensorboard --logdir {run.path}")
+    say(f"look        python -m gshardx.report {run.path}, or tensorboard --logdir {run.path}")
 
 
 def _sample(job: Job, variables: Variables, text: Text) -> str:

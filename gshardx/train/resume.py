@@ -10,15 +10,16 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from gshardx.checkpoint.manifest import read_manifest
-from gshardx.checkpoint.store import Items, load, newest_good_step, set_aside
+from gshardx.checkpoint.manifest import Manifest
+from gshardx.checkpoint.restore import restore
+from gshardx.checkpoint.store import Items, set_aside
 from gshardx.errors import BadInput
 from gshardx.models.build import Variables
 from gshardx.models.items import items_of as model_items
 from gshardx.models.items import variables_of
-from gshardx.sharding.distributed import exchange, fetch, on_first
+from gshardx.sharding.distributed import fetch, on_first
 from gshardx.train.job import Job
-from gshardx.train.run_dir import RunDir
+from gshardx.train.run_dir import RunDir, holds_a_state
 from gshardx.train.state import TrainState
 
 
@@ -40,6 +41,7 @@ class Position:
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
+        self._found: dict[str, int] = {}
 
     async def save(self, directory: Any) -> Awaitable[None]:
         """Called by Orbax on every process; process 0 writes."""
@@ -53,12 +55,16 @@ class Position:
         return write()
 
     async def load(self, directory: Path) -> Awaitable[None]:
-        """Called by Orbax; moves the rows."""
+        """Called by Orbax; the rows stay where they are, since the checkpoint may yet turn out to be damaged."""
 
         async def read() -> None:
-            self._rows.set_state(json.loads(await asyncio.to_thread((directory / _POSITION).read_text)))
+            self._found = json.loads(await asyncio.to_thread((directory / _POSITION).read_text))
 
         return read()
+
+    def go_there(self) -> None:
+        """Move the rows to the place that was loaded."""
+        self._rows.set_state(self._found)
 
 
 def items_of(state: TrainState, rows: Rows) -> Items:
@@ -87,21 +93,22 @@ def resume_or_start(
     Raises:
         BadInput: the checkpoint was made from other text or by another model.
     """
-    step = on_first(lambda: _choose_step(run, say))
-    step = int(exchange("-1" if step is None else str(step))[0])
+    given = run.starts_from_weights
+
+    def wanted(step: int, manifest: Manifest) -> Items:
+        _check_facts(job, run, step, manifest, facts)
+        return items_of(job.state, rows) if holds_a_state(manifest) else model_items(job.state.variables)
+
+    step, items = restore(run.checkpoints, wanted, say) or (-1, Items())
+    on_first(lambda: set_aside(run.checkpoints, after=step))
     if step < 0:
-        return job.init_state(), 0
-    manifest = read_manifest(run.checkpoints / str(step))
-    assert manifest is not None
-    source = list(job.config.data.mixture) or job.config.data.path
-    for name, now in facts.items():
-        if manifest.extra.get(name) != now:
-            raise BadInput(
-                f"run_dir {run.path}: the {name} is not what step {step} was trained with (data: "
-                f"{source}); bring the old text back or use another --run_dir"
-            )
-    say(f"resuming {run.path} from step {step}")
-    return _state_of(load(run.checkpoints, step, items_of(job.state, rows)), job, step), step
+        return _new_state(job, run, given), 0
+    if "data" in items:
+        say(f"resuming {run.path} from step {step}")
+        items["data"].go_there()
+    else:
+        say(f"starting from the weights in {run.checkpoints / str(step)}")
+    return _state_of(items, job, step), step
 
 
 def go_back(
@@ -120,19 +127,55 @@ def go_back(
             f"step {spike}: the loss spiked, and the run has gone back {limit} time(s) already (guard.max_rollbacks = "
             f"{limit}); lower optimizer.learning_rate, look at the data, or raise guard.spike_factor"
         )
-    step = int(exchange(on_first(lambda: str(_choose_step(run, say, below=spike) or 0)) or "")[0])
-    if step:
-        items = {name: item for name, item in items_of(job.state, rows).items() if name != "data"}
-        found = _state_of(load(run.checkpoints, step, items), job, step)
-    else:
-        found = job.init_state()
+    given = run.starts_from_weights
+
+    def wanted(step: int, manifest: Manifest) -> Items:
+        whole = {name: item for name, item in items_of(job.state, rows).items() if name != "data"}
+        return whole if holds_a_state(manifest) else model_items(job.state.variables)
+
+    step, items = restore(run.checkpoints, wanted, say, below=spike) or (0, Items())
+    on_first(lambda: set_aside(run.checkpoints, after=step))
+    found = _state_of(items, job, step) if items else _new_state(job, run, given)
     say(f"back to step {step} without the {spike - step} batches since ({times} of {limit} times)")
     counted = jax.device_put(jnp.int32(times), job.state.rollbacks.sharding)
     return dataclasses.replace(found, rollbacks=counted), step
 
 
+def _check_facts(job: Job, run: RunDir, step: int, manifest: Manifest, facts: dict[str, Any]) -> None:
+    """Raise BadInput if a checkpoint is bound to another text or tokenizer; weights to start from are to none, or to a
+    tokenizer."""
+    if not holds_a_state(manifest):
+        bound = manifest.extra.get("tokenizer")
+        if bound not in (None, facts.get("tokenizer")):
+            raise BadInput(
+                f"run_dir {run.path}: the weights there have another tokenizer than data.tokenizer = "
+                f"{job.config.data.tokenizer}; use {run.tokenizer}"
+            )
+        return
+    source = list(job.config.data.mixture) or job.config.data.path
+    for name, now in facts.items():
+        if manifest.extra.get(name) != now:
+            raise BadInput(
+                f"run_dir {run.path}: the {name} is not what step {step} was trained with (data: "
+                f"{source}); bring the old text back or use another --run_dir"
+            )
+
+
+def _new_state(job: Job, run: RunDir, given: bool) -> TrainState:
+    """New weights; ``given``: the run came with some, so that new ones are not what its user wants.
+
+    Raises:
+        BadInput: they were given, and are damaged.
+    """
+    if given:
+        raise BadInput(f"run_dir {run.path}: the weights that it came with are damaged; convert them again")
+    return job.init_state()
+
+
 def _state_of(loaded: Items, job: Job, step: int) -> TrainState:
     variables = variables_of(loaded, job.state.variables)
+    if "optimizer" not in loaded:
+        return job.init_state(variables)
     return TrainState(
         step=jnp.asarray(step, jnp.int32, device=job.state.step.sharding),
         params=variables.params,
@@ -144,10 +187,3 @@ def _state_of(loaded: Items, job: Job, step: int) -> TrainState:
         rollbacks=loaded["guard"]["rollbacks"],
         ema=loaded.get("ema", {}),
     )
-
-
-def _choose_step(run: RunDir, say: Callable[[str], None], below: int | None = None) -> int | None:
-    """The newest good step, ``below`` a step; later ones are moved out of the way."""
-    step = newest_good_step(run.checkpoints, report=say, below=below)
-    set_aside(run.checkpoints, after=-1 if step is None else step)
-    return step

@@ -1,9 +1,11 @@
-"""RUN_DIR: config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/STEP; one trainer at a time."""
+"""RUN_DIR and what is where in it; one trainer at a time."""
 
 import dataclasses
 import hashlib
 from pathlib import Path
 
+from gshardx.checkpoint.manifest import Manifest, read_manifest
+from gshardx.checkpoint.store import finished_steps
 from gshardx.cli import config_yaml, flatten, read_config
 from gshardx.config import Config
 from gshardx.data.tokenizer import Tokenizer
@@ -20,6 +22,9 @@ FREE_TO_CHANGE = (
     "train.trace_every",
     "checkpoint.",
     "guard.",
+    "watchdog.",
+    "profile.",
+    "tracking.",
     "debug.",
     "data.on_error",
     "data.workers",
@@ -29,6 +34,20 @@ FREE_TO_CHANGE = (
 
 train.steps also stretches the learning-rate schedule, which is said when it happens.
 """
+
+FREE_AT_FIRST = (
+    "model.dtype",
+    "model.float32",
+    "model.remat",
+    "model.dropout",
+    "model.moe.capacity_factor",
+    "model.moe.group_size",
+    "model.moe.dispatcher",
+    "model.moe.wire",
+    "model.moe.losses",
+    "model.moe.adaptive_balance",
+)
+"""Keys of the model that may be others when training starts from given weights: these suit it all the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +73,22 @@ class RunDir:
         return self.path / "tokenizer.json"
 
     @property
+    def expert_load(self) -> Path:
+        return self.path / "expert_load.jsonl"
+
+    @property
+    def goodput(self) -> Path:
+        return self.path / "goodput.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def routing(self) -> Path:
         return self.path / "routing"
 
@@ -69,6 +104,16 @@ class RunDir:
     def has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether all it has are weights to start from, at step 0 (gshardx.convert writes such runs)."""
+        return self.has_checkpoints and finished_steps(self.checkpoints) == [0] and self.starts_from_weights
+
+    @property
+    def starts_from_weights(self) -> bool:
+        manifest = read_manifest(self.checkpoints / "0")
+        return manifest is not None and not holds_a_state(manifest)
+
     def write_config(self, config: Config) -> None:
         scratch = self.config.with_suffix(".tmp")
         scratch.write_text(config_yaml(config))
@@ -83,10 +128,14 @@ class RunDir:
         before = dict(flatten(dataclasses.asdict(read_config(self.config))))
         now = dict(flatten(dataclasses.asdict(config)))
         changed = [key for key in now | before if now.get(key) != before.get(key)]
-        bad = [key for key in changed if not key.startswith(FREE_TO_CHANGE)]
+        if self.is_untrained:
+            bad = [key for key in changed if key.startswith("model.") and not key.startswith(FREE_AT_FIRST)]
+        else:
+            bad = [key for key in changed if not key.startswith(FREE_TO_CHANGE)]
         if bad:
             said = "; ".join(f"{key} = {before.get(key)}, now {now.get(key)}" for key in bad[:3])
-            raise BadInput(f"run_dir {self.path} was trained with {said}; use the old value or another --run_dir")
+            how = "came" if self.is_untrained else "was trained"
+            raise BadInput(f"run_dir {self.path} {how} with {said}; use the old value or another --run_dir")
         notes = [f"{key}: {before[key]} -> {now[key]}" for key in changed if key != "run_dir"]
         if "train.steps" in changed:
             notes.append("the learning-rate schedule now ends at the new train.steps")
@@ -116,3 +165,8 @@ class RunDir:
                 f"it, and if the text changed, use another --run_dir"
             )
         return hashlib.sha256(wanted.encode()).hexdigest()
+
+
+def holds_a_state(manifest: Manifest) -> bool:
+    """Whether a step is one of training, and not weights alone."""
+    return any(name.startswith("optimizer/") for name in manifest.arrays)

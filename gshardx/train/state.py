@@ -72,13 +72,18 @@ def init_state(
     mesh: Mesh,
     split: Params | None = None,
     average: bool = False,
+    variables: Variables | None = None,
 ) -> TrainState:
-    """Step 0, every array created in its shards; ``split`` and ``average`` as in :func:`abstract_state`."""
+    """Step 0, every array created in its shards; ``split`` and ``average`` as in :func:`abstract_state`.
+
+    ``variables``: to start from, in their places; default: new ones.
+    """
     abstract = abstract_state(blueprint, optimizer, mesh, split, average)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     init_key, run_key = jax.random.split(jax.random.key(seed))
     # Waited for: two programs in flight can starve each other on simulated devices.
-    params = jax.block_until_ready(blueprint.init(init_key))
+    params = jax.block_until_ready(blueprint.init(init_key) if variables is None else variables.params)
+    router = blueprint.init_router() if variables is None else variables.router
 
     def rest(params: Params) -> dict[str, Any]:
         return {
@@ -93,7 +98,7 @@ def init_state(
 
     places = {name: getattr(shardings, name) for name in jax.eval_shape(rest, params)}
     others = jax.jit(rest, out_shardings=places)(params)
-    return jax.block_until_ready(TrainState(params=params, router=blueprint.init_router(), **others))
+    return jax.block_until_ready(TrainState(params=params, router=router, **others))
 
 
 def abstract_state(
@@ -113,7 +118,7 @@ def abstract_state(
         opt_state=abstract_optimizer_state(optimizer, split, everywhere),
         rng=_placed(np.zeros(2, np.uint32), everywhere),
         router=blueprint.router,
-        balance_weight=_placed(np.zeros(config.layers // config.moe.every, np.float32), everywhere),
+        balance_weight=_placed(np.zeros(config.moe_layers, np.float32), everywhere),
         skipped=_placed(np.zeros((), np.int32), everywhere),
         rollbacks=_placed(np.zeros((), np.int32), everywhere),
         ema=split if average else {},

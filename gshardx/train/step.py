@@ -6,7 +6,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.config import TrainConfig
@@ -16,7 +16,15 @@ from gshardx.layers.draws import row_keys
 from gshardx.models.build import Blueprint, Params, Variables
 from gshardx.sharding import CompiledStep, abstract_array
 from gshardx.train.accumulate import Micro, Outcome, accumulated, gradients, rows_together
-from gshardx.train.objective import Batch, TokenLosses, adapt_coefficient, auxiliary_loss, token_losses
+from gshardx.train.objective import (
+    Batch,
+    RowScores,
+    TokenLosses,
+    adapt_coefficient,
+    auxiliary_loss,
+    row_scores,
+    token_losses,
+)
 from gshardx.train.state import TrainState, averaged
 
 
@@ -130,11 +138,6 @@ def _chosen(which: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainSt
     return cast(TrainState, jax.tree.map(lambda a, b: jnp.where(which, a, b), new, old))
 
 
-def eval_step(plan: Blueprint, variables: Variables, batch: Batch) -> Float[Array, ""]:
-    """Sum of the weighted cross-entropies in nats, no token dropped."""
-    return token_losses(plan, variables, batch, None, TrainConfig())[0].nats
-
-
 def abstract_batch(batch_size: int, sequence_length: int, mesh: Mesh) -> Batch:
     """Shape, dtype and sharding of a batch."""
     whole, real = (
@@ -156,10 +159,11 @@ def compile_train_step(
     return CompiledStep(train, (state, batch), mesh, donate=(0,) if donate else (), out_shardings=(shardings, None))
 
 
-def compile_eval_step(blueprint: Blueprint, batch: Batch, mesh: Mesh) -> CompiledStep[[Variables, Batch], Array]:
-    """Compile the evaluation for abstract ``batch``."""
+def compile_eval_step(blueprint: Blueprint, batch: Batch, mesh: Mesh) -> CompiledStep[[Variables, Batch], RowScores]:
+    """Compile the evaluation for abstract ``batch``; every process gets the scores of all rows."""
 
-    def forward(variables: Variables, batch: Batch) -> Array:
-        return eval_step(blueprint, variables, batch)
+    def forward(variables: Variables, batch: Batch) -> RowScores:
+        return row_scores(blueprint, variables, batch)
 
-    return CompiledStep(forward, (blueprint.variables, batch), mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return CompiledStep(forward, (blueprint.variables, batch), mesh, out_shardings=everywhere)

@@ -9,7 +9,7 @@ from gshardx.data.blocks import Blocks, Mixture
 from gshardx.data.corpora import MemoryCorpus
 from gshardx.data.faults import Faults
 from gshardx.data.hub import is_stream
-from gshardx.data.sources import Sources, open_sources
+from gshardx.data.sources import HeldOut, Sources, open_sources
 from gshardx.data.stream import Stream, StreamBlocks
 from gshardx.data.tokenizer import Tokenizer, build_tokenizer
 
@@ -23,8 +23,7 @@ class Text:
 
     tokenizer: Tokenizer
     blocks: Blocks
-    held_out: list[np.ndarray]
-    held_out_bytes: int
+    held_out: HeldOut
     digest: str
     """Of the training tokens: equal digests, equal batches."""
     skipped: str = ""
@@ -39,13 +38,11 @@ def read_text(config: DataConfig, seed: int = 0) -> Text:
     if isinstance(config.path, str) and is_stream(config.path):
         return _read_stream(config, seed, faults)
     sources = open_sources(config, faults)
-    held_out, size = sources.held_out_documents(faults)
     training, kept = _short_texts(sources)
     return Text(
         tokenizer=sources.tokenizer,
         blocks=Mixture(sources.corpora, sources.held_out, sources.shares, config.sequence_length, config.packing, seed),
-        held_out=held_out,
-        held_out_bytes=size,
+        held_out=sources.held_out_documents(faults),
         digest=sources.digest,
         skipped=faults.summary,
         training_documents=training,
@@ -58,12 +55,11 @@ def _read_stream(config: DataConfig, seed: int, faults: Faults) -> Text:
     stream = Stream(str(config.path), config.column, config.validation_fraction, config.on_error)
     training, held_out = stream.head(faults)
     tokenizer = build_tokenizer(config.tokenizer, config.vocab_size, training)
-    encoded = tokenizer.encode_documents(held_out)
+    sizes = [len(text.encode()) for text in held_out]
     return Text(
         tokenizer=tokenizer,
         blocks=StreamBlocks(stream, tokenizer, config.sequence_length, config.packing, seed),
-        held_out=encoded,
-        held_out_bytes=sum(len(text.encode()) for text in held_out),
+        held_out=HeldOut(tokenizer.encode_documents(held_out), sizes, [stream.url] * len(held_out)),
         digest=MemoryCorpus(tokenizer.encode_documents(training)).digest,
         skipped=faults.summary,
     )

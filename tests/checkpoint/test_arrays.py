@@ -1,5 +1,6 @@
 """Arrays piece by piece, against the whole."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -9,6 +10,7 @@ from gshardx.checkpoint import arrays
 from gshardx.checkpoint.arrays import convert, pieces
 from gshardx.checkpoint.store import CheckpointStore
 from gshardx.errors import BadInput
+from tests.disks import small_disk
 
 SHAPES = [(), (1,), (13,), (3, 5), (4, 1, 7), (2, 3, 2, 5)]
 
@@ -19,7 +21,7 @@ def step(tmp_path_factory):
     draw, folder = np.random.default_rng(0), tmp_path_factory.mktemp("arrays") / "checkpoints"
     values = {str(number): draw.normal(size=shape).astype(np.float32) for number, shape in enumerate(SHAPES)}
     store = CheckpointStore(folder, every=1, keep=1)
-    store.save(1, {"params": {name: jnp.asarray(value) for name, value in values.items()}}, force=True)
+    store.save(1, {"params": {name: jnp.asarray(value) for name, value in values.items()}})
     store.close()
     return folder / "1", values
 
@@ -50,6 +52,46 @@ def test_another_type_is_the_nearest_value(step, tmp_path, monkeypatch):
         np.testing.assert_array_equal(found, value.astype(ml_dtypes.bfloat16))
 
 
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"zarr_format": 3}'])
+def test_broken_metadata_is_told(tmp_path, text):
+    (tmp_path / "step" / "params" / "w").mkdir(parents=True)
+    if text is not None:
+        (tmp_path / "step" / "params" / "w" / "zarr.json").write_text(text)
+    with pytest.raises(BadInput, match=r"params/w: can't be read; python -m gshardx.checkpoint verify says why"):
+        convert(tmp_path / "step", "params/w", tmp_path / "target", "bfloat16")
+
+
+def test_a_full_disk_is_told(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", every=1, keep=1)
+    store.save(1, {"params": {"w": jax.random.normal(jax.random.key(0), 1 << 15)}})
+    store.close()
+    with (
+        small_disk(tmp_path / "disk", "32k") as disk,
+        pytest.raises(BadInput, match="params/w: can't be written; is there room"),
+    ):
+        convert(tmp_path / "checkpoints" / "1", "params/w", disk, "bfloat16")
+
+
 def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(BadInput, match="params/w: can't be read"):
         next(pieces(tmp_path, "params/w"))
+
+
+def test_zeros_are_written_too(tmp_path):
+    """TensorStore leaves out chunks that hold nothing else, and who restores a step takes that for damage."""
+    store = CheckpointStore(tmp_path / "checkpoints", every=1, keep=1)
+    store.save(1, {"params": {"zeros": jnp.zeros((4, 3))}})
+    store.close()
+    convert(tmp_path / "checkpoints" / "1", "params/zeros", tmp_path / "converted", "bfloat16")
+    assert [path for path in (tmp_path / "converted" / "params" / "zeros" / "c").rglob("*") if path.is_file()]
+
+
+def test_what_is_put_at_an_index_is_got_there(tmp_path):
+    draw = np.random.default_rng(0)
+    arrays.create(tmp_path, "w", (2, 3, 4), "bfloat16", (1, 1, 4))
+    values = draw.normal(size=(2, 3, 4)).astype(ml_dtypes.bfloat16)
+    with arrays.Writer(tmp_path) as writer:
+        for at in np.ndindex(2, 3):
+            writer.put("w", at, values[at])
+    np.testing.assert_array_equal(arrays.get(tmp_path, "w", (1,)), values[1])
+    np.testing.assert_array_equal(arrays.get(tmp_path, "w", ()), values)

@@ -3,13 +3,14 @@
 import fcntl
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gshardx.checkpoint.__main__ import main
 from gshardx.checkpoint.manifest import NAME
 from gshardx.checkpoint.prune import kept
-from gshardx.checkpoint.store import finished_steps, load
+from gshardx.checkpoint.store import CheckpointStore, finished_steps, load
 from gshardx.cli import config_yaml
 from gshardx.config import Config
 from gshardx.errors import BadInput
@@ -45,7 +46,7 @@ def test_the_list_tells_what_was_never_finished_and_what_is_damaged(run, capsys)
     code, said = lines(capsys, "list", run)
     assert code == 0
     assert [line.split()[0] for line in said] == ["step", "2", "4", "6", "8"]
-    assert said[1].endswith("params rng  finished")
+    assert said[1].split()[-3:] == ["params", "rng", "finished"]
     assert said[2].endswith("manifest.json is damaged")
     assert said[4].endswith("never finished")
 
@@ -59,6 +60,20 @@ def test_arrays_and_their_values(run, capsys):
     assert said[4].split()[:3] == ["in", "all", "69"]
     _, by_folder = lines(capsys, "inspect", run / "checkpoints" / "4", "--values")
     assert by_folder == said
+
+
+def test_a_damaged_manifest_is_told_from_a_missing_one(run, capsys):
+    (run / "checkpoints" / "4" / NAME).write_text("{}")
+    (run / "checkpoints" / "8").mkdir()
+    code, said = lines(capsys, "verify", run)
+    assert code == 1
+    states = ["good", "manifest.json is damaged", "good", "never finished"]
+    assert [line.rpartition(": ")[2] for line in said] == states
+    for step, state in zip((2, 4, 6, 8), states, strict=True):
+        for named in ([run, "--step", step], [run / "checkpoints" / str(step)]):
+            code, said = lines(capsys, "verify", *named)
+            assert code == (0 if state == "good" else 1)
+            assert said[0].endswith(f"checkpoints/{step}: {state}")
 
 
 def test_damage_is_found_and_named(run, capsys):
@@ -83,6 +98,30 @@ def test_steps_are_told_apart_number_by_number(run, capsys):
         ["params/w", "63", "252", "0.667"],
     ]
     assert lines(capsys, "diff", run, run, "--other_step", 2, "--item", "rng")[0] == 0
+
+
+def test_arrays_that_cant_be_laid_side_by_side_have_no_figures(run, tmp_path, capsys):
+    store = CheckpointStore(tmp_path / "other" / "checkpoints", every=1, keep=1)
+    store.save(1, {"params": {"w": jnp.ones((3, 2)), "new": jnp.ones(4)}})
+    store.close()
+    code, said = lines(capsys, "diff", run, tmp_path / "other", "--item", "params")
+    assert code == 1
+    assert [line.strip() for line in said[1:]] == [
+        f"params/new         only in {tmp_path / 'other' / 'checkpoints' / '1'}",
+        f"params/norm.scale  only in {run / 'checkpoints' / '6'}",
+        "params/w           [16, 4] and [3, 2]",
+    ]
+    assert lines(capsys, "diff", run, tmp_path / "other", "--item", "rng")[0] == 1, "one of them has it"
+
+
+def test_integers_are_compared_as_integers(tmp_path, capsys):
+    for name, key in (("a", [7, 2**32 - 1]), ("b", [7, 2**32 - 2])):
+        store = CheckpointStore(tmp_path / name / "checkpoints", every=1, keep=1)
+        store.save(1, {"rng": {"key": jnp.asarray(key, jnp.uint32)}})
+        store.close()
+    code, said = lines(capsys, "diff", tmp_path / "a", tmp_path / "b")
+    assert code == 1
+    assert said[1].split() == ["rng/key", "1", "1", "2.33e-10"]
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -115,11 +154,25 @@ def test_damaged_weights_are_not_exported(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("last", "every", "expected"),
-    [(1, None, {50}), (2, 20, {20, 40, 50}), (9, None, {10, 20, 30, 40, 50}), (1, 7, {50})],
-)
-def test_which_steps_stay(last, every, expected):
-    assert kept([30, 10, 20, 50, 40], last, every) == expected
+    ("last", "every", "best", "expected"),
+    [
+        (1, None, 0, {50}), (2, 20, 0, {20, 40, 50}), (9, None, 0, {10, 20, 30, 40, 50}), (1, 7, 0, {50}),
+        (1, None, 1, {20, 50}), (1, None, 2, {10, 20, 50}), (1, None, 9, {10, 20, 40, 50}), (0, None, 0, set()),
+    ],
+)  # fmt: skip
+def test_which_steps_stay(last, every, best, expected):
+    assert kept({30: None, 10: 2.0, 20: 1.0, 50: None, 40: 2.0}, last, every, best) == expected
+
+
+def test_the_best_are_told_and_stay(tmp_path, capsys):
+    store = CheckpointStore(tmp_path / "checkpoints", every=1, keep=3)
+    for step, score in ((1, 2.0), (2, 1.5), (3, None)):
+        store.save(step, {"params": {"w": jnp.ones(2)}}, score=score)
+    store.close()
+    _, said = lines(capsys, "list", tmp_path)
+    assert [line.split()[-2] for line in said[1:]] == ["2.0000", "1.5000", "params"]
+    assert lines(capsys, "prune", tmp_path, "--keep_last", 1, "--keep_best", 1)[0] == 0
+    assert finished_steps(tmp_path / "checkpoints") == [2, 3]
 
 
 def test_steps_are_deleted_and_nothing_else(run, capsys):
@@ -129,6 +182,12 @@ def test_steps_are_deleted_and_nothing_else(run, capsys):
     assert lines(capsys, "prune", run, "--keep_last", 1, "--keep_every", 4)[0] == 0
     assert finished_steps(run / "checkpoints") == [4, 6]
     assert lines(capsys, "verify", run)[0] == 0
+
+
+def test_a_run_that_is_not_there_is_not_made(tmp_path):
+    with pytest.raises(BadInput, match="no checkpoints there"):
+        main(["prune", str(tmp_path / "nowhere"), "--keep_last", "1"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_deleted_while_somebody_trains(run):
@@ -144,6 +203,9 @@ def test_nothing_is_deleted_while_somebody_trains(run):
     [
         (["inspect", "RUN", "--step", "3"], "no such step; finished: 2, 4, 6"),
         (["inspect", "RUN", "--item", "ema"], "--item ema: .* has params, rng"),
+        (["diff", "RUN", "RUN", "--item", "parms"], "--item parms: .*6 has params, rng; .*6 has params, rng"),
+        (["verify", "RUN", "--step", "3"], "no such step; there: 2, 4, 6"),
+        (["prune", "RUN", "--keep", "1"], "--keep_last.*see python -m gshardx.checkpoint prune --help"),
         (["list", "RUN/nowhere"], "no checkpoints there"),
         (["prune", "RUN"], "--keep_last"),
         (["prune", "RUN", "--keep_last", "0"], "--keep_last 0: must be 1 or more"),

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from gshardx.checkpoint.manifest import NAME, damage, read_manifest, write_manifest
+from gshardx.checkpoint.manifest import NAME, damage, missized, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -21,7 +21,8 @@ def folder(tmp_path):
 
 def test_an_untouched_folder_is_good_and_its_facts_are_kept(folder):
     manifest = read_manifest(folder)
-    assert damage(folder, manifest) is None
+    assert damage(folder, manifest.checksum, manifest.files) is None
+    assert missized(folder, manifest.files) is None
     assert manifest.arrays == {"params/w": ([2, 3], "float32")}
     assert manifest.extra == {"data": "d"}
     assert set(manifest.files) == {"params/w/c/0", "rng/key", "empty"}
@@ -51,8 +52,13 @@ def test_any_flipped_bit_of_the_manifest_makes_it_unreadable(folder):
 def test_damage_names_the_array_and_the_file(folder, harm, said):
     harm(folder / "params" / "w" / "c" / "0")
     manifest = read_manifest(folder)
-    assert damage(folder, manifest) == said
-    assert damage(folder, manifest, "rng/") is None
+    assert damage(folder, manifest.checksum, manifest.files) == said
+    assert missized(folder, manifest.files) == (None if "checksum" in said else said)
+    assert damage(folder, manifest.checksum, manifest.below("rng")) is None
+
+
+def test_files_of_no_item_belong_to_every_item(folder):
+    assert set(read_manifest(folder).below("rng")) == {"rng/key", "empty"}
 
 
 def test_a_manifest_is_a_line_of_json_and_a_line_of_checksum(folder):

@@ -29,7 +29,7 @@ def abstract(items):
 def saved(folder, steps=(2, 4)):
     store = CheckpointStore(folder, every=2, keep=3, extra={"fact": 1})
     for step in steps:
-        store.save(step, tree(scale=step), force=True)
+        store.save(step, tree(scale=step))
     store.close()
     return folder
 

@@ -271,15 +271,15 @@ def test_evaluation_scores_every_token_but_a_documents_first_once_from_half_a_se
     scored = []
     for batch in evaluation_rows(whole, length, rows):
         assert batch["tokens"].shape == (rows, length)
-        pieces_in_order = zip(*(batch[name] for name in NAMES), strict=True)
-        for tokens, targets, segments, positions, weights in pieces_in_order:
+        pieces_in_order = zip(*(batch[name] for name in NAMES), batch["document"], strict=True)
+        for tokens, targets, segments, positions, weights, document in pieces_in_order:
             assert set(weights.tolist()) <= {0.0, 1.0}
             assert not weights[segments == 0].any()
             np.testing.assert_array_equal(positions, np.arange(length))
             np.testing.assert_array_equal(targets[segments > 0], tokens[segments > 0] + 1)
             for column in np.flatnonzero(weights):
                 target = int(targets[column])
-                assert start_of[target] == start_of[int(tokens[0])]
+                assert start_of[target] == start_of[int(tokens[0])] == whole[document][0]
                 assert column + 1 >= min(target - start_of[target], length / 2)
                 scored.append(target)
     assert scored == [int(token) for ids in whole for token in ids[1:]]

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from gshardx.config import DataConfig
+from gshardx.config import Config, DataConfig
 from gshardx.data.corpora import hash_of
 from gshardx.data.faults import Faults
 from gshardx.data.pipeline import training_rows
@@ -86,9 +86,10 @@ def test_a_document_of_two_sources_is_held_out_of_both(tmp_path, texts):
     mixture = {texts["middle"]: 1.0, str(tmp_path / "again.jsonl"): 1.0}
     sources = open_sources(DataConfig(mixture=mixture, tokenizer="bytes", validation_fraction=0.3), Faults())
     np.testing.assert_array_equal(*sources.held_out)
-    documents, size = sources.held_out_documents(Faults())
+    documents, sizes, names = sources.held_out_documents(Faults())
     assert len(documents) == sources.held_out[0].sum() > 10
-    assert size == sum(len(ids) - 2 for ids in documents)
+    assert sizes == [len(ids) - 2 for ids in documents]
+    assert set(names) == {texts["middle"]}
 
 
 def test_the_tokenizer_is_trained_on_training_text_alone(tmp_path):
@@ -117,7 +118,7 @@ def test_a_tokenized_folder_brings_its_tokenizer(texts, tmp_path, monkeypatch):
     config = DataConfig(path=folder, vocab_size=4096)
     assert known_tokenizer(config) == f"{folder}/tokenizer.json"
     assert known_tokenizer(DataConfig(path=texts["small"])) == "bpe"
-    assert vocabulary(type("Config", (), {"data": config})()) == 257
+    assert vocabulary(Config(data=config)) == 257
 
     other = tokenized(texts["large"], tmp_path / "bpe", vocab_size=300)
     with pytest.raises(BadInput, match=rf"{other}: was tokenized with another tokenizer than {folder}"):

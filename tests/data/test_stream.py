@@ -51,7 +51,7 @@ def test_a_stream_is_trained_on_whole_and_goes_on_from_any_state(url, packing):
     while rows.get_state()["epoch"] == 0:
         batches.append(next(rows))
         states.append(rows.get_state())
-    held = {text.tokenizer.decode(ids) for ids in text.held_out}
+    held = {text.tokenizer.decode(ids) for ids in text.held_out.documents}
     assert 0 < len(held) < 60
     last = next(i for i, state in enumerate(states) if state["epoch"]) - 1
     targets = sum(int(batch["weights"].sum()) for batch in batches[:last])
@@ -68,7 +68,7 @@ def test_a_stream_is_trained_on_whole_and_goes_on_from_any_state(url, packing):
 def test_what_is_held_out_is_never_trained_on(url):
     text = read_text(config_of(url))
     rows = training_rows(text.blocks, 32, 4)
-    held = {text.tokenizer.decode(ids).split()[1] for ids in text.held_out}
+    held = {text.tokenizer.decode(ids).split()[1] for ids in text.held_out.documents}
     seen = set()
     for batch in itertools.islice(rows, 200):
         for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):

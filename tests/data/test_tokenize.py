@@ -19,9 +19,10 @@ from gshardx.data.corpora import whole_document
 from gshardx.data.faults import Faults
 from gshardx.data.pipeline import training_rows
 from gshardx.data.records import RecordCorpus
-from gshardx.data.tokenize import Settings, _hold, tokenize
+from gshardx.data.tokenize import Settings, tokenize
 from gshardx.data.tokenizer import load_tokenizer
 from gshardx.errors import BadInput
+from gshardx.lock import hold
 from gshardx.train.text import read_text
 from tests.train.processes import finish, start
 
@@ -95,8 +96,8 @@ def test_training_from_the_folder_is_training_from_the_text(corpus, made, packin
     from_text = read_text(DataConfig(path=str(corpus[0]), **common), 3)
     from_folder = read_text(DataConfig(path=str(made), **common), 3)
     assert from_folder.tokenizer.text == from_text.tokenizer.text
-    assert from_folder.held_out_bytes == from_text.held_out_bytes
-    for ours, theirs in zip(from_folder.held_out, from_text.held_out, strict=True):
+    assert from_folder.held_out.sizes == from_text.held_out.sizes
+    for ours, theirs in zip(from_folder.held_out.documents, from_text.held_out.documents, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     ours, theirs = (training_rows(text.blocks, 32, 4) for text in (from_folder, from_text))
     for _ in range(60):
@@ -271,10 +272,11 @@ def test_a_file_in_the_way_and_a_second_writer_are_named(corpus, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="file/out: can't be written"):
         tokenized(corpus[0], tmp_path / "file" / "out")
-    held = _hold(tmp_path / "out")
-    with pytest.raises(BadInput, match="another process writes it"):
+    with (
+        hold(tmp_path / "out", "--out", "writes it"),
+        pytest.raises(BadInput, match=r"--out .*/out: another process writes it"),
+    ):
         tokenized(corpus[0], tmp_path / "out")
-    held.close()
 
 
 def test_a_broken_line_ends_it_with_its_place_or_is_counted_in_the_index(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +212,7 @@ def test_the_load_loss_equals_v_moes_formula_and_its_gradient_differences(deviat
 def test_padding_counts_nowhere(loss):
     made = drawn(8)
     junk = gating(7 * drawn(9).logits, 2, valid=np.zeros((G, S), bool))
-    padded = Gating(*(np.concatenate(pair, axis=1) for pair in zip(made, junk, strict=True)))
+    padded = jax.tree.map(lambda *pair: np.concatenate(pair, axis=1), made, junk)
     assert value(loss, padded) == pytest.approx(value(loss, made), rel=1e-5)
     assert value(loss, padded._replace(valid=~padded.valid)) != pytest.approx(value(loss, made), rel=1e-2)
 
@@ -250,7 +251,7 @@ def test_sums_of_parts_are_the_sums_of_the_whole(loss):
     """With as many real tokens in each part as it may be, none included."""
     whole = drawn(3, g=4, padding=True)
     whole.valid[1] = False
-    parts = [Gating(*(x[rows] for x in whole)) for rows in (slice(0, 1), slice(1, 2), slice(2, 4))]
+    parts = [jax.tree.map(operator.itemgetter(rows), whole) for rows in (slice(0, 1), slice(1, 2), slice(2, 4))]
     together = jax.tree.map(lambda *sums: sum(sums), *(jax.jit(loss.sums)(part) for part in parts))
     assert float(loss.value(together)) == pytest.approx(value(loss, whole), rel=1e-6)
     if len(together) == 2:

@@ -1,7 +1,8 @@
 """The MoE layer: every dispatcher against the loops, every router on every mesh."""
 
 import dataclasses
-from functools import partial
+import itertools
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,13 @@ from gshardx.layers import (
     Gather,
     GShardRouter,
     MoE,
+    NoisyTopKRouter,
     Ragged,
     Residual,
     Shared,
     SigmoidBiasRouter,
+    SkyworkRouter,
+    SparseMixerRouter,
     SwitchRouter,
     TopKRouter,
 )
@@ -37,6 +41,9 @@ ROUTERS = {
     "switch": partial(SwitchRouter, M, E, capacity=TIGHT),
     "top_k": partial(TopKRouter, M, E, 3, groups=4, groups_kept=2, bias=True, capacity=TIGHT, priority="gate"),
     "sigmoid_bias": partial(SigmoidBiasRouter, M, E, K, groups=4, groups_kept=2, weigh="input", capacity=DROPLESS),
+    "noisy_top_k": partial(NoisyTopKRouter, M, E, K, capacity=TIGHT),
+    "skywork": partial(SkyworkRouter, M, E, K, capacity=TIGHT),
+    "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
 }
 DISPATCHERS = [Einsum(), Gather(), Ragged("padded")]
 BESIDE = {
@@ -136,7 +143,7 @@ def test_dispatchers_agree_to_the_bit_where_a_token_is_one_row_and_no_sum():
     np.testing.assert_array_equal(gather, einsum)
 
 
-FIRST, *OTHERS = (
+MESHES = (
     MeshConfig(data=2, expert=2, tensor=2),
     MeshConfig(expert=2),
     MeshConfig(data=2, tensor=2),
@@ -145,30 +152,37 @@ FIRST, *OTHERS = (
     MeshConfig(tensor=4, fsdp=2),
     MeshConfig(data=2, fsdp=2, expert=2),
 )
+ON_MESHES = [
+    (mesh, router, DISPATCHERS[(m + r) % len(DISPATCHERS)])
+    for (m, mesh), (r, router) in itertools.product(enumerate(MESHES), enumerate(ROUTERS))
+]
+"""Every router on every mesh, the dispatchers in turn: a router meets all of them, and so does a mesh."""
+
+
+@cache
+def on_one_device(router, dispatcher):
+    step, params = loss_and_gradients(layer(dispatcher, router, biases=True, beside="gated"))
+    return jax.jit(step)(params, inputs()[0])
 
 
 @pytest.mark.parametrize(
-    "mesh_config",
-    [pytest.param(FIRST, marks=pytest.mark.slow), *(pytest.param(mesh, marks=pytest.mark.sweep) for mesh in OTHERS)],
-    ids=str,
+    ("mesh_config", "router", "dispatcher"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[0] == MESHES[0] else pytest.mark.sweep) for case in ON_MESHES],
+    ids=lambda value: str(value) if isinstance(value, str | MeshConfig) else type(value).__name__,
 )
-def test_every_router_and_dispatcher_gives_on_every_mesh_what_one_device_gives(mesh_config):
-    steps, params = {}, {}
-    for router in ROUTERS:
-        for dispatcher in DISPATCHERS:
-            name = f"{router} {type(dispatcher).__name__}"
-            steps[name], params[name] = loss_and_gradients(layer(dispatcher, router, biases=True, beside="gated"))
-
-    def all_of_them(params, x):
-        return {name: step(params[name], x) for name, step in steps.items()}
-
-    x, _ = inputs()
-    quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time is compiling
-    expected = quickly(all_of_them)(params, x)
+def test_every_router_gives_on_every_mesh_what_one_device_gives(mesh_config, router, dispatcher):
+    """A program each: XLA takes longer for one of all routers."""
+    step, params = loss_and_gradients(layer(dispatcher, router, biases=True, beside="gated"))
     with jax.set_mesh(build_mesh(mesh_config)):
-        actual = jax.block_until_ready(quickly(all_of_them)(params, x))
-    for name in steps:
-        assert_equal(actual[name], expected[name], 1e-5)
+        actual = jax.block_until_ready(jax.jit(step)(params, inputs()[0]))
+    assert_equal(actual, on_one_device(router, dispatcher), 1e-5)
+
+
+def test_every_router_and_every_mesh_meets_every_dispatcher():
+    kinds = {type(dispatcher) for dispatcher in DISPATCHERS}
+    assert {(mesh, router) for mesh, router, _ in ON_MESHES} == set(itertools.product(MESHES, ROUTERS))
+    assert {(router, type(d)) for _, router, d in ON_MESHES} == set(itertools.product(ROUTERS, kinds))
+    assert {(mesh, type(d)) for mesh, _, d in ON_MESHES} == set(itertools.product(MESHES, kinds))
 
 
 @pytest.mark.parametrize("router", ["gshard", "sigmoid_bias"])

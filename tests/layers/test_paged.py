@@ -122,7 +122,7 @@ def test_a_tokens_bits_depend_on_nothing_but_its_sequence(sequences, draw, chunk
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(("window", "with_sinks"), [(3, False), (None, True), (6, True)])
+@pytest.mark.parametrize(("window", "with_sinks"), [(3, False), (None, True), (6, True), (1, True)])
 def test_windows_and_sinks(draw, window, with_sinks):
     sinks = draw.normal(size=N).astype(np.float32) if with_sinks else None
     length = 17
@@ -134,8 +134,24 @@ def test_windows_and_sinks(draw, window, with_sinks):
     q = draw.normal(size=(4, N, D)).astype(np.float32)
     out = paged_attention(
         jnp.asarray(q), pool, jnp.asarray(np.tile(table, (4, 1))), jnp.asarray(positions), jnp.int32(5),
-        window=window, sinks=None if sinks is None else jnp.asarray(sinks),
+        reach=None if window is None else jnp.full(4, window - 1), sinks=None if sinks is None else jnp.asarray(sinks),
     )  # fmt: skip
     for row, position in enumerate(positions):
         expected = attention(q[row], k, v, position, window, sinks)
         np.testing.assert_allclose(np.asarray(out[row]), expected, atol=2e-6)
+
+
+def test_pages_that_are_out_of_reach_are_not_read_for_a_far_token_and_change_no_bit_of_a_near_one(draw):
+    k, v = (draw.normal(size=(17, KV, D)).astype(np.float32) for _ in range(2))
+    table, at = jnp.asarray([4, 2, 9, 1, 7], jnp.int32), np.arange(17)
+    pool = full(dirt=np.nan).put(table[at // SIZE], jnp.asarray(at % SIZE), jnp.asarray(k), jnp.asarray(v))
+    q = jnp.asarray(draw.normal(size=(2, N, D)).astype(np.float32))
+    sinks = jnp.asarray(draw.normal(size=N).astype(np.float32))
+
+    def found(rows, positions):
+        tables, reach = jnp.tile(table, (len(rows), 1)), jnp.full(len(rows), 2)
+        return paged_attention(q[rows], pool, tables, positions, jnp.int32(5), reach=reach, sinks=sinks)
+
+    both = found(jnp.asarray([0, 1]), jnp.asarray([1, 16]))
+    np.testing.assert_array_equal(both[1], found(jnp.asarray([1]), jnp.asarray([16]))[0])
+    np.testing.assert_array_equal(both[1], found(jnp.asarray([0, 1]), jnp.asarray([-1, 16]))[1])

@@ -25,13 +25,13 @@ DOC = (ROOT / "docs" / "collectives.md").read_text()
 WIDTH, EXPERTS, MOE_LAYERS = 16, 8, 2
 
 
-def budget(step, mesh_config, tokens=LENGTH, split=False, **options):
+def budget(step, mesh_config, tokens=LENGTH, split=False, micro=1, **options):
     mesh = build_mesh(mesh_config)
     plan = blueprint(model(**options), VOCAB, mesh)
     moments = plan.params
     if split:
         plan = plan.__class__(**{**vars(plan), "params": whole_over_fsdp(plan.params)})
-    return step_budget(plan, mesh, step, rows=ROWS, tokens=tokens, split=moments if split else None)
+    return step_budget(plan, mesh, step, rows=ROWS, tokens=tokens, split=moments if split else None, micro=micro)
 
 
 def allowance(found, op, *axes):
@@ -67,6 +67,19 @@ def test_shorter_groups_have_slots_of_their_own():
 
 def test_without_an_expert_axis_nothing_is_exchanged():
     assert all("expert" not in one.axes for one in budget("train", MeshConfig(data=4, fsdp=2)).allowances)
+
+
+@pytest.mark.parametrize(
+    ("router", "loss", "first_pass"), [("noisy_top_k", "load", True), ("top_k", "z", False)], ids=["load", "z"]
+)
+def test_losses_over_the_batch_take_a_first_pass_over_the_micro_batches(router, loss, first_pass):
+    """One forward pass more: half again of the exchanges of a forward and a backward pass."""
+    mesh = MeshConfig(expert=2)
+    without, found = (
+        allowance(budget("train", mesh, micro=2, losses=losses, router=router), "all-to-all", "expert").count
+        for losses in ({}, {loss: 0.1})
+    )
+    assert found == without * (1.5 if first_pass else 1)
 
 
 def test_one_device_sends_nothing():

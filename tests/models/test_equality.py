@@ -1,4 +1,7 @@
-"""Layouts change no number: train step, prefill and decode on every mesh of eight devices are those of one device."""
+"""Layouts change no number: train step, prefill and decode on every mesh of eight devices are those of one device.
+
+Each of them keeps to its budget there, so that what is run is what ``test_collectives`` would compile once more.
+"""
 
 import itertools
 import json
@@ -10,14 +13,16 @@ import pytest
 
 from gshardx.cli import run_command
 from gshardx.config import OptimizerConfig, TrainConfig
+from gshardx.models.budget import step_budget
 from gshardx.models.build import Variables, blueprint
 from gshardx.models.decode import Sampling
 from gshardx.models.generator import Generator
-from gshardx.sharding import MeshConfig, build_mesh, distributed, simulate_devices
+from gshardx.sharding import MeshConfig, build_mesh, meeting, simulate_devices
 from gshardx.sharding.distributed import fetch
 from gshardx.train.optimizer import build_optimizer
 from gshardx.train.state import abstract_state, init_state
 from gshardx.train.step import TrainStep, abstract_batch, compile_train_step
+from tests.models.conftest import INVOLUNTARY
 from tests.models.test_decoder import LENGTH, ROWS, VOCAB, model, packed_batch
 from tests.together import finish_both, start_both
 
@@ -28,20 +33,25 @@ MESHES = [  # tensor divides the two key and value heads
     if np.prod(sizes) == 8
 ]
 QUICK = (MeshConfig(expert=8), MeshConfig(data=2, expert=2, tensor=2))
-PROMPT, STEPS = 6, 3
+PROMPT, STEPS, CHUNK = 6, 3, 4
 
 
-def trained(mesh):
-    """Losses and norms of three steps, and the parameters after them.
+def check_budget(plan, mesh, name, program, tokens):
+    budget = step_budget(plan, mesh, name, rows=ROWS, tokens=tokens, split=plan.params)
+    assert budget.breaches(program.collectives) == []
+
+
+def trained(plan, params, mesh):
+    """Losses and norms of three steps, and the parameters after them; takes ``params`` away.
 
     With Adam's usual epsilon the first update is lr * sign(g): rounding noise around 0 would be seen as lr.
     """
-    plan = blueprint(CONFIG, VOCAB, mesh)
     optimizer = build_optimizer(OptimizerConfig(warmup_steps=1, epsilon=1e-2), 10, plan.axes)
     batch = abstract_batch(ROWS, LENGTH, mesh)
     update = TrainStep(plan, optimizer, TrainConfig())
     step = compile_train_step(update, abstract_state(plan, optimizer, mesh), batch, mesh)
-    state = init_state(plan, optimizer, 0, mesh)
+    check_budget(plan, mesh, "train", step, LENGTH)
+    state = init_state(plan, optimizer, 0, mesh, variables=Variables(params, plan.init_router()))
     found = {}
     for number in range(STEPS):
         state, metrics = jax.block_until_ready(step(state, packed_batch(batch)))
@@ -53,11 +63,12 @@ def trained(mesh):
     return found
 
 
-def decoded(mesh):
+def decoded(plan, params, mesh):
     """Scores after the prompts, and after each of three more tokens."""
-    plan = blueprint(CONFIG, VOCAB, mesh)
-    variables = jax.block_until_ready(Variables(plan.init(jax.random.key(0)), plan.init_router()))
-    generator = Generator(plan, variables, mesh, length=LENGTH, rows=ROWS, chunk=4)
+    variables = jax.block_until_ready(Variables(params, plan.init_router()))
+    generator = Generator(plan, variables, mesh, length=LENGTH, rows=ROWS, chunk=CHUNK)
+    check_budget(plan, mesh, "prefill", generator.prefill, CHUNK)
+    check_budget(plan, mesh, "decode", generator.decode, 1)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, VOCAB, PROMPT).astype(np.int32) for _ in range(ROWS)]
     state = generator._prefilled(prompts)
@@ -73,7 +84,9 @@ def decoded(mesh):
 
 def everything(mesh_config):
     mesh = build_mesh(mesh_config)
-    return trained(mesh) | decoded(mesh)
+    plan = blueprint(CONFIG, VOCAB, mesh)
+    params = jax.block_until_ready(plan.init(jax.random.key(0)))
+    return decoded(plan, params, mesh) | trained(plan, params, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +111,9 @@ def tier(mesh_config):
 
 
 @pytest.mark.parametrize("mesh_config", [pytest.param(m, marks=tier(m)) for m in MESHES], ids=str)
-def test_every_mesh_gives_what_one_device_gives(mesh_config, one_device):
+def test_every_mesh_gives_what_one_device_gives(mesh_config, one_device, compiling_anew, capfd):
     assert_same(everything(mesh_config), one_device)
+    assert INVOLUNTARY not in capfd.readouterr().err
 
 
 TOGETHER = [MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(expert=8), MeshConfig(expert=4, tensor=2)]
@@ -118,12 +132,13 @@ def test_two_processes_of_four_devices_give_what_one_device_gives(mesh_config, o
 
 def in_one_of_two(argv):
     """Run in each process by the test above; process 0 writes found.npz."""
-    meeting, (shape,) = distributed.take_flags(argv)
-    simulate_devices(8, distributed.join(*meeting))
-    found = everything(MeshConfig(**json.loads(shape)))
-    assert (jax.process_count(), jax.local_device_count()) == (2, 4)
-    if jax.process_index() == 0:
-        np.savez("found.npz", **found)
+    where, (shape,) = meeting.take_flags(argv)
+    with meeting.join(*where) as peers:
+        simulate_devices(8, peers.count)
+        found = everything(MeshConfig(**json.loads(shape)))
+        assert (jax.process_count(), jax.local_device_count()) == (2, 4)
+        if jax.process_index() == 0:
+            np.savez("found.npz", **found)
     return 0
 
 

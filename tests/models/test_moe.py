@@ -11,7 +11,7 @@ from gshardx.errors import BadInput
 from gshardx.layers import Auto, Capacity, Einsum, Gather, Ragged, Residual, Shared
 from gshardx.layers.balance import BalanceLoss, CommunicationLoss, DeviceLoss
 from gshardx.layers.routing import ROUTERS
-from gshardx.models.moe import build_moe, check_router_options, dispatcher_reason, router_options
+from gshardx.models.moe import build_moe, check_router_options, dispatcher_reason, router_matrices, router_options
 
 
 def built(**moe):
@@ -35,6 +35,14 @@ def test_every_router_is_built_by_its_name_with_its_capacity(name):
     assert type(layer.router) is ROUTERS[name]
     assert layer.router.capacity == Capacity(2.0)
     assert built(router=name, top_k=1, capacity_factor=None).router.capacity == Capacity(None)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_matrices_of_a_router_are_those_that_are_built(name):
+    config = ModelConfig(width=16, moe=MoEConfig(num_experts=8, hidden=8, router=name, top_k=1))
+    made = nnx.state(built(router=name, top_k=1).router, nnx.Param)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(made)]
+    assert sorted(router_matrices(config)) == sorted(shape for shape in shapes if len(shape) == 2)
 
 
 def test_options_reach_the_router():

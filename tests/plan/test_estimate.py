@@ -67,8 +67,9 @@ def test_formulas_against_a_compiled_step(name):
     assert found.activations == pytest.approx(plan.memory["activations"], rel=0.25, abs=2**16)
     assert found.peak == pytest.approx(plan.memory["peak"], rel=0.25)
     assert found.interconnect == pytest.approx(plan.roofline.interconnect, rel=0.4)
-    # Operands and results that XLA's CPU compiler does not fuse are not counted.
-    assert 0.25 < found.memory / plan.roofline.memory < 1
+    # Operands and results that XLA's CPU compiler does not fuse are not counted; with the plainer code for fusions that
+    # tests are compiled with it fuses less than it does for users, and reads and writes a sixth more.
+    assert 0.2 < found.memory / plan.roofline.memory < 1
     assert found.tokens == plan.tokens
 
 
@@ -80,6 +81,7 @@ def test_formulas_against_a_compiled_step(name):
         {},
         {"every": 1, "shared_hidden": 64, "shared": "gated"},
         {"shared_hidden": 64, "shared": "residual", "biases": True},
+        {"router": "noisy_top_k"},
     ],
 )
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
@@ -91,6 +93,45 @@ def test_state_is_exact_for_every_kind_of_model(mesh, stage, moe, activation):
     found = estimate(chosen, topology())
     assert found.parameters == inputs.bytes_per_device()["parameters"]
     assert found.optimizer == inputs.bytes_per_device()["optimizer"] - COUNTERS
+    assert found.gradients == bytes_per_device(inputs.gradients)
+
+
+@pytest.mark.slow
+def test_norms_and_biases_of_attention_against_a_compiled_step():
+    """Traffic aside: XLA's CPU compiler writes what norms are made of, too."""
+    mesh = MeshConfig(fsdp=2, expert=2, tensor=2)
+    chosen = medium(mesh, attention={"biases": "qkvo", "qk_norm": "whole"})
+    plan, _ = make_plan(chosen, topology(), "train", SERVING)
+    found, without = estimate(chosen, topology()), estimate(medium(mesh), topology())
+    assert found.compute * CHIP.peak_flops == pytest.approx(plan.flops_per_device, rel=0.02)
+    assert found.parameters == plan.memory["parameters"] > without.parameters
+    assert found.gradients == plan.memory["gradients"]
+    assert found.peak == pytest.approx(plan.memory["peak"], rel=0.25)
+    assert found.interconnect == pytest.approx(plan.roofline.interconnect, rel=0.1)
+    assert without.interconnect < found.interconnect
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, expert=2, tensor=2), pytest.param(MESH, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": {"biases": "qkv", "qk_norm": "head"}},
+        {"attention": {"biases": "qkvo", "qk_norm": "whole"}, "dense_first": 2},
+        {"dense_first": 1, "every": 3},
+        {"dense_first": 1, "every": 3, "options": {"norm": "layer", "logits_bias": True}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_state_is_exact_with_what_attention_may_have_and_with_dense_layers_first(mesh, options, optimizer):
+    moe = {name: value for name, value in options.items() if name not in ("attention", "options")}
+    chosen = medium(mesh, moe=moe, attention=options.get("attention", {}), options=options.get("options", {}))
+    chosen = dataclasses.replace(chosen, optimizer=dataclasses.replace(chosen.optimizer, name=optimizer))
+    place = build_mesh(mesh)
+    inputs = _inputs(chosen, model_on(chosen, place), place, "train", SERVING)
+    found = estimate(chosen, topology())
+    assert found.parameters == inputs.bytes_per_device()["parameters"]
+    assert 0 <= inputs.bytes_per_device()["optimizer"] - found.optimizer <= 2 * COUNTERS
     assert found.gradients == bytes_per_device(inputs.gradients)
 
 
@@ -219,3 +260,25 @@ def test_tensor_stays_inside_a_slice():
     two = dataclasses.replace(topology(), slices=2)
     assert not can_lie_on(medium(MeshConfig(tensor=2)), two)
     assert can_lie_on(medium(MeshConfig(data=2, tensor=2)), two)
+
+
+LATENT = {"kind": "latent", "q_rank": 32, "kv_rank": 16, "rope_dim": 8, "nope_dim": 16, "value_dim": 16}
+
+
+@pytest.mark.parametrize("mesh", [MESH, MeshConfig(fsdp=2, expert=2, tensor=2)])
+@pytest.mark.parametrize("attention", [LATENT, LATENT | {"q_rank": None}], ids=["q_rank", "no q_rank"])
+def test_state_is_exact_with_latent_attention(mesh, attention):
+    chosen, place = medium(mesh, attention=attention), build_mesh(mesh)
+    inputs = _inputs(chosen, model_on(chosen, place), place, "train", SERVING)
+    found = estimate(chosen, topology())
+    assert found.parameters == inputs.bytes_per_device()["parameters"]
+    assert found.optimizer == inputs.bytes_per_device()["optimizer"] - COUNTERS
+
+
+@pytest.mark.slow
+def test_flops_of_latent_attention_are_those_of_a_compiled_step():
+    chosen = medium(MeshConfig(fsdp=2, expert=2, tensor=2), attention=LATENT)
+    plan, _ = make_plan(chosen, topology(), "train", SERVING)
+    found = estimate(chosen, topology())
+    assert found.compute * CHIP.peak_flops == pytest.approx(plan.flops_per_device, rel=0.02)
+    assert found.interconnect == pytest.approx(plan.roofline.interconnect, rel=0.4)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from gshardx.cli import config_yaml, read_config
@@ -21,16 +20,7 @@ PUBLIC = ROOT / "configs" / "gshard" / "12l_128e.yaml"
 SETTINGS = ("XLA_", "JAX_", "TPU_", "TF_CPP_", "ALLOW_MULTIPLE_LIBTPU_LOAD")
 
 
-@pytest.fixture(autouse=True)
-def _settings():
-    """The command sets variables and JAX's own settings for the whole process; give them back."""
-    before = dict(os.environ)
-    kept = {name: getattr(jax.config, name) for name in ("jax_enable_compilation_cache", "jax_platforms")}
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-    for name, value in kept.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("settings_given_back")
 
 
 @pytest.fixture
@@ -174,12 +164,7 @@ def test_a_real_plan_is_all_that_is_printed(tiny, topology, json_flag):
 
 
 @pytest.mark.slow
-def test_real_codes_of_limits_and_of_what_does_not_fit(tiny, tmp_path):
-    limits = tmp_path / "limits.yaml"
-    limits.write_text("hlo_instructions: 10")
-    code, out, err = run("--config", tiny, "--topology", "v5e:2x4", "--step", "decode", "--budget", limits)
-    assert (code, err) == (3, "")
-    assert "over budget: hlo_instructions is " in out
+def test_the_real_code_of_what_does_not_fit(tiny):
     code, out, err = run(
         "--config", tiny, "--topology", "v5e:2x4", "--data.tokenizer=bpe", "--data.vocab_size=100000000", "--json"
     )
@@ -208,13 +193,17 @@ def test_no_memory_of_the_models_size(step):
 
 
 @pytest.mark.slow
-def test_two_planners_at_once(tiny):
-    both = [start("--config", tiny, "--topology", "v5e:2x4", "--step", "decode", "--json") for _ in range(2)]
-    ends = [process.communicate(timeout=900) for process in both]
-    assert [process.returncode for process in both] == [0, 0], ends
-    assert [err for _, err in ends] == ["", ""]
-    first, second = (json.loads(out) for out, _ in ends)
-    assert first["memory"] == second["memory"]
+def test_two_planners_at_once_and_the_real_code_of_limits(tiny, tmp_path):
+    limits = tmp_path / "limits.yaml"
+    limits.write_text("hlo_instructions: 10")
+    command = ("--config", tiny, "--topology", "v5e:2x4", "--step", "decode", "--budget", limits)
+    both = [start(*command, "--json"), start(*command)]
+    (facts, in_words), errors = zip(*[process.communicate(timeout=900) for process in both], strict=True)
+    assert [process.returncode for process in both] == [3, 3], errors
+    assert errors == ("", "")
+    breach = f"hlo_instructions is {json.loads(facts)['hlo_instructions']:,}; the limit is 10"
+    assert json.loads(facts)["breaches"] == [breach]
+    assert f"over budget: {breach}" in in_words
 
 
 @pytest.mark.sweep

@@ -5,9 +5,11 @@ import random
 import subprocess
 import sys
 
-from tests.children import environment
+from tests.children import PIPES, environment
+from tests.warm import Fork
 
-CONFIG = """
+STEPS = 28
+CONFIG = f"""
 model:
   layers: 2
   width: 16
@@ -15,12 +17,12 @@ model:
   kv_heads: 1
   head_dim: 8
   hidden: 32
-  moe: {num_experts: 4, hidden: 16, router_options: {second_expert: random}}
-mesh: {data: 8}
-data: {path: text.jsonl, tokenizer: bytes, sequence_length: 32}
-optimizer: {warmup_steps: 5}
-train: {steps: 60, batch_size: 8, sample_tokens: 0}
-checkpoint: {every: 4, keep: 3}
+  moe: {{num_experts: 4, hidden: 16, router_options: {{second_expert: random}}}}
+mesh: {{data: 8}}
+data: {{path: text.jsonl, tokenizer: bytes, sequence_length: 32}}
+optimizer: {{warmup_steps: 5}}
+train: {{steps: {STEPS}, batch_size: 8, sample_tokens: 0}}
+checkpoint: {{every: 4, keep: 3}}
 """
 
 
@@ -35,16 +37,18 @@ def write_inputs(folder):
     return folder
 
 
-def start(folder, *arguments, module="gshardx.train", env=None):
-    """``python -m module arguments`` in ``folder``."""
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(folder, *arguments, module="gshardx.train"):
+    """``python -m module arguments`` in ``folder``, its imports done."""
+    return Fork(["-m", module, *arguments], cwd=folder, env=environment(), **PIPES)
 
 
-def start_training(folder, run, *more):
-    return start(folder, "--config", "tiny.yaml", "--run_dir", str(run), *more)
+def start_anew(folder, *arguments, module="gshardx.train", env=None):
+    """The same with nothing done before."""
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=folder, env=env or environment(), **PIPES)
+
+
+def start_training(folder, run, *more, start=start, **options):
+    return start(folder, "--config", "tiny.yaml", "--run_dir", str(run), *more, **options)
 
 
 def finish(process, expected=0, limit=300):
@@ -52,3 +56,23 @@ def finish(process, expected=0, limit=300):
     out, err = process.communicate(timeout=limit)
     assert process.returncode == expected, f"exit {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def learning(run):
+    """What a step computed, of every step."""
+    return [{k: v for k, v in line.items() if k.startswith(("step", "learning", "moe"))} for line in lines_of(run)]
+
+
+def content(run, step):
+    """Every file of a checkpoint's arrays and iterator, byte for byte (compression is deterministic)."""
+    folder = run / "checkpoints" / str(step)
+    skipped = ("_CHECKPOINT_METADATA", "commit_success.txt", "manifest.json", "_METADATA", "array_metadatas")
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part in str(path) for part in skipped)
+    }

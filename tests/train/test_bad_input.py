@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from gshardx.checkpoint.store import newest_good_step
+from tests.checkpoint.good import newest_good_step
 from tests.disks import small_disk
 from tests.train.processes import finish, start, start_training, write_inputs
 

@@ -11,11 +11,11 @@ import pytest
 
 from gshardx.checkpoint.store import finished_steps
 from tests.together import finish_both, start_both
-from tests.train.processes import finish, start, start_training, write_inputs
+from tests.train.processes import STEPS, finish, start, start_anew, start_training, write_inputs
 
 pytestmark = pytest.mark.slow  # real processes, each with its own start of JAX
 
-FLAGS = ["--data.path", "tokens", "--data.packing", "concatenate", "--train.steps", "40"]
+FLAGS = ["--data.path", "tokens", "--data.packing", "concatenate", "--train.steps", str(STEPS)]
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(place):
-    finish(start_training(place, place / "undisturbed", *FLAGS))
+    finish(start_training(place, place / "undisturbed", *FLAGS, start=start_anew))
     return place / "undisturbed"
 
 
 def losses(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return [line["learning/loss"] for line in lines]
 
 
@@ -45,12 +45,12 @@ def position(run, step):
 
 
 def test_a_checkpoint_holds_the_place_after_the_batch_that_was_trained_on(undisturbed):
-    """Not after those that were made ahead: 40 batches of 8 rows."""
-    place = position(undisturbed, 40)
+    """Not after those that were made ahead: a batch has 8 rows."""
+    place = position(undisturbed, STEPS)
     assert place.keys() == {"epoch", "block", "row"}
-    assert place["epoch"] == 0 or place["row"] < 40 * 8
+    assert place["epoch"] == 0 or place["row"] < STEPS * 8
     if place["epoch"] == 0:
-        assert place["row"] == 40 * 8
+        assert place["row"] == STEPS * 8
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_killed_again_and_again_it_learns_what_it_would_have(place, undisturbed,
         kills += 1
     assert kills >= 2
     assert losses(run) == losses(undisturbed)
-    assert position(run, 40) == position(undisturbed, 40)
+    assert position(run, STEPS) == position(undisturbed, STEPS)
 
 
 def steps_of(run):
@@ -88,13 +88,13 @@ def test_two_processes_read_their_shares_and_one_goes_on_with_what_they_left(pla
     arguments = ["-m", "gshardx.train", "--config", "tiny.yaml", "--run_dir", str(run), *FLAGS]
     finish_both(start_both(place, *arguments))
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-4)
-    assert position(run, 40) == position(undisturbed, 40)
+    assert position(run, STEPS) == position(undisturbed, STEPS)
     for step in finished_steps(run / "checkpoints")[1:]:
         shutil.rmtree(run / "checkpoints" / str(step))
     out, _ = finish(start_training(place, run, *FLAGS))
     assert "resuming" in out
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-4)
-    assert position(run, 40) == position(undisturbed, 40)
+    assert position(run, STEPS) == position(undisturbed, STEPS)
 
 
 def test_a_damaged_record_ends_a_run_with_one_line_and_is_passed_over_if_asked(place):

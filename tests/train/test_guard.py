@@ -19,7 +19,7 @@ from gshardx.config import (
 from gshardx.data.prefetch import Ahead
 from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig
-from gshardx.train import loop
+from gshardx.train import loop, saver
 from gshardx.train.guard import Guard
 from gshardx.train.job import Job
 from gshardx.train.run_dir import RunDir
@@ -133,9 +133,9 @@ def test_a_planted_nan_changes_nothing_but_the_count(config, tmp_path, monkeypat
     states = []
     with monkeypatch.context() as patch:
         planted(patch, lambda number, batch: with_weights(batch, jnp.float32("nan")) if number == 4 else batch)
-        items = loop.items_of
-        patch.setattr(loop, "items_of", lambda state, rows: states.append(jax.device_get(state)) or items(state, rows))
-        lines, _ = run(config, tmp_path / "run")
+        items = saver.items_of
+        patch.setattr(saver, "items_of", lambda state, rows: states.append(jax.device_get(state)) or items(state, rows))
+        lines, _ = run(dataclasses.replace(config, checkpoint=CheckpointConfig(every=1)), tmp_path / "run")
     assert [line["guard/skipped_steps"] for line in lines] == [0.0] * 3 + [1.0] * 7
     assert lines[3]["learning/grad_norm"] is None
     before, after = states[2], states[3]

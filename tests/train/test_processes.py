@@ -1,6 +1,5 @@
 """A run of two processes is the run of one: the same losses, one set of files, saved and ended together."""
 
-import json
 import shutil
 import signal
 import time
@@ -8,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from gshardx.checkpoint.store import finished_steps, newest_good_step
+from gshardx.checkpoint.store import finished_steps
+from tests.checkpoint.good import newest_good_step
 from tests.together import finish_both, start_both
-from tests.train.processes import finish, start, start_training, write_inputs
+from tests.train.processes import finish, lines_of, start, start_training, write_inputs
 
 pytestmark = pytest.mark.slow  # real processes, each with its own start of JAX
 
@@ -37,10 +37,6 @@ def both(place):
 
 def train_both(place, run, *more):
     return start_both(place, "-m", "gshardx.train", "--config", "tiny.yaml", "--run_dir", str(run), *more)
-
-
-def lines_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_learning(run, other):

@@ -9,8 +9,19 @@ import time
 import numpy as np
 import pytest
 
-from gshardx.checkpoint.store import finished_steps, newest_good_step
-from tests.train.processes import finish, start, start_training, write_inputs
+from gshardx.checkpoint.store import finished_steps
+from tests.checkpoint.good import newest_good_step
+from tests.train.processes import (
+    STEPS,
+    content,
+    finish,
+    learning,
+    lines_of,
+    start,
+    start_anew,
+    start_training,
+    write_inputs,
+)
 
 pytestmark = pytest.mark.slow  # real processes, each with its own start of JAX
 
@@ -20,36 +31,17 @@ def place(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("runs"))
 
 
-def lines_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def learning(run):
-    return [{k: v for k, v in line.items() if k.startswith(("step", "learning", "moe"))} for line in lines_of(run)]
-
-
-def content(run, step):
-    """Every file of a checkpoint's arrays and iterator, byte for byte (compression is deterministic)."""
-    folder = run / "checkpoints" / str(step)
-    skipped = ("_CHECKPOINT_METADATA", "commit_success.txt", "manifest.json", "_METADATA", "array_metadatas")
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part in str(path) for part in skipped)
-    }
-
-
 @pytest.fixture(scope="module")
 def undisturbed(place):
     run = place / "undisturbed"
-    out, _ = finish(start_training(place, run))
+    out, _ = finish(start_training(place, run, start=start_anew))
     assert "bits per byte" in out
     return run
 
 
 def test_every_step_writes_its_line(undisturbed):
     lines = lines_of(undisturbed)
-    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     names = ["learning/loss", "learning/aux_loss", "learning/grad_norm", "perf/step_seconds", "perf/tokens_per_second"]
     for name in [*names, "moe/drop_fraction", "moe/load_max_over_mean", "moe/layer_0/drop_fraction"]:
         assert all(isinstance(line[name], float) for line in lines), name
@@ -59,7 +51,7 @@ def test_every_step_writes_its_line(undisturbed):
 
 
 def test_the_kept_checkpoints_are_the_newest(undisturbed):
-    assert finished_steps(undisturbed / "checkpoints") == [52, 56, 60]
+    assert finished_steps(undisturbed / "checkpoints") == [STEPS - 8, STEPS - 4, STEPS]
 
 
 @pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.sweep)])
@@ -80,10 +72,9 @@ def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(place, u
             time.sleep(draw.uniform(1.0, 8.0))
         if process.poll() is not None:  # it finished: the rest of the kills have nothing to hit
             finish(process)
-            last = finished_steps(run / "checkpoints")[-1]
-            assert last == 60
-            shutil.rmtree(run / "checkpoints" / str(last))
-            shutil.rmtree(run / "checkpoints" / "56", ignore_errors=True)
+            assert finished_steps(run / "checkpoints")[-1] == STEPS
+            shutil.rmtree(run / "checkpoints" / str(STEPS))
+            shutil.rmtree(run / "checkpoints" / str(STEPS - 4), ignore_errors=True)
             continue
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -91,7 +82,7 @@ def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(place, u
     finish(start_training(place, run))
     assert during_save >= times / 7
     assert learning(run) == learning(undisturbed)
-    assert content(run, 60) == content(undisturbed, 60)
+    assert content(run, STEPS) == content(undisturbed, STEPS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)])
@@ -102,7 +93,7 @@ def test_a_signal_saves_and_the_same_command_continues(place, undisturbed, numbe
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(number)
-    out, err = finish(process, expected=128 + number)
+    out, err = finish(process, expected=128 + number, limit=30)  # seconds: what a preempted machine has
     assert "saved step" in out
     assert "Traceback" not in err
     step = newest_good_step(run / "checkpoints", report=pytest.fail)
@@ -110,7 +101,7 @@ def test_a_signal_saves_and_the_same_command_continues(place, undisturbed, numbe
     out, _ = finish(start_training(place, run))
     assert f"from step {step}" in out
     assert learning(run) == learning(undisturbed)
-    assert content(run, 60) == content(undisturbed, 60)
+    assert content(run, STEPS) == content(undisturbed, STEPS)
 
 
 @pytest.mark.parametrize(
@@ -121,10 +112,10 @@ def test_a_signal_saves_and_the_same_command_continues(place, undisturbed, numbe
 def test_a_run_moves_to_another_mesh(place, undisturbed, shape):
     run = place / f"moved-{shape[0]}x{shape[1]}"
     shutil.copytree(undisturbed, run)
-    shutil.rmtree(run / "checkpoints" / "60")
+    shutil.rmtree(run / "checkpoints" / str(STEPS))
     mesh = ["--mesh.data", str(shape[0]), "--mesh.expert", str(shape[1])]
     out, _ = finish(start_training(place, run, *mesh))
-    assert "from step 56" in out
+    assert f"from step {STEPS - 4}" in out
     assert "changed since the last start: mesh." in out
     there, here = lines_of(run), lines_of(undisturbed)
     assert [line["step"] for line in there] == [line["step"] for line in here]
@@ -135,28 +126,29 @@ def test_a_run_moves_to_another_mesh(place, undisturbed, shape):
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_older_one_used(place, undisturbed):
     run = place / "damaged"
     shutil.copytree(undisturbed, run)
-    chunk = max((run / "checkpoints" / "60" / "params").rglob("0"), key=lambda p: p.is_file() and p.stat().st_size)
+    last = run / "checkpoints" / str(STEPS)
+    chunk = max((last / "params").rglob("0"), key=lambda p: p.is_file() and p.stat().st_size)
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 16
     chunk.write_bytes(bytes(data))
     out, _ = finish(start_training(place, run))
-    array = chunk.relative_to(run / "checkpoints" / "60").parts[1]
-    file = chunk.relative_to(run / "checkpoints" / "60")
-    assert f"checkpoints/60: params/{array} is damaged ({file}: checksum differs)" in out
-    assert "from step 56" in out
-    assert (run / "damaged" / "60").is_dir()
+    array = chunk.relative_to(last).parts[1]
+    file = chunk.relative_to(last)
+    assert f"checkpoints/{STEPS}: params/{array} is damaged ({file}: checksum differs)" in out
+    assert f"from step {STEPS - 4}" in out
+    assert (run / "damaged" / str(STEPS)).is_dir()
     assert learning(run) == learning(undisturbed)
-    assert content(run, 60) == content(undisturbed, 60)
+    assert content(run, STEPS) == content(undisturbed, STEPS)
 
 
 def test_a_finished_run_says_so_and_more_steps_continue_it(place, undisturbed):
     run = place / "longer"
     shutil.copytree(undisturbed, run)
     out, _ = finish(start_training(place, run))
-    assert "has reached step 60 of 60" in out
-    out, _ = finish(start_training(place, run, "--train.steps", "63"))
-    assert "changed since the last start: train.steps: 60 -> 63" in out
-    assert [line["step"] for line in lines_of(run)] == list(range(1, 64))
+    assert f"has reached step {STEPS} of {STEPS}" in out
+    out, _ = finish(start_training(place, run, "--train.steps", str(STEPS + 3)))
+    assert f"changed since the last start: train.steps: {STEPS} -> {STEPS + 3}" in out
+    assert [line["step"] for line in lines_of(run)] == list(range(1, STEPS + 4))
 
 
 def test_generation_streams_from_a_run_and_a_batch_changes_nothing(place, undisturbed):
@@ -168,9 +160,9 @@ def test_generation_streams_from_a_run_and_a_batch_changes_nothing(place, undist
     assert alone.startswith("to be")
     assert len(alone) > len("to be\n")
     (place / "prompts.txt").write_text("question\nto be\n")
-    assert texts("--prompt_file", str(place / "prompts.txt")) == texts("--prompt", "question") + "\n" + alone + "\n"
-    sharded = texts("--prompt", "question", "--prompt", "to be", "--mesh.expert", "4")
-    assert sharded == texts("--prompt_file", str(place / "prompts.txt"))
+    together = texts("--prompt_file", str(place / "prompts.txt"))
+    assert together == texts("--prompt", "question") + "\n" + alone + "\n"
+    assert texts("--prompt", "question", "--prompt", "to be", "--mesh.expert", "4") == together
 
 
 def test_a_batch_that_was_killed_goes_on_where_it_was(place, undisturbed):

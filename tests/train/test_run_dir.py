@@ -6,7 +6,15 @@ import hashlib
 import pytest
 
 from gshardx.cli import flatten, read_config
-from gshardx.config import CheckpointConfig, Config, DataConfig, OptimizerConfig, TrainConfig
+from gshardx.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+)  # fmt: skip
 from gshardx.data.tokenizer import build_tokenizer, load_tokenizer
 from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig
@@ -94,7 +102,9 @@ def with_room_to_change(key):
     data = DataConfig(vocab_size=2048)
     if key == "data.temperature":
         data = DataConfig(mixture={"a": 1.0}, temperature=2.0)
-    return Config(data=data, optimizer=optimizer, train=TrainConfig(batch_size=64, zero_stage=1))
+    moe = MoEConfig(every=1) if key == "model.moe.dense_first" else MoEConfig()
+    train = TrainConfig(batch_size=64, zero_stage=1)
+    return Config(model=ModelConfig(moe=moe), data=data, optimizer=optimizer, train=train)
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in FREE])
@@ -122,7 +132,9 @@ def test_a_moved_run_is_the_same_run(written):
 
 
 def test_what_may_change_is_where_and_how_long_and_what_is_reported():
-    assert {key.split(".")[0] for key in FREE} == {"run_dir", "mesh", "train", "checkpoint", "data", "guard", "debug"}
+    assert {key.split(".")[0] for key in FREE} == {
+        "run_dir", "mesh", "train", "checkpoint", "data", "guard", "watchdog", "profile", "tracking", "debug"
+    }  # fmt: skip
     assert {key for key in FREE if key.startswith("data.")} == {"data.on_error", "data.workers", "data.prefetch"}
     assert "train.batch_size" not in FREE
     assert "seed" not in FREE

@@ -16,7 +16,7 @@ from gshardx.models.build import Variables
 from gshardx.models.items import items_of
 from gshardx.sharding import MeshConfig
 from gshardx.train import loop
-from gshardx.train.evaluate import bits_per_byte
+from gshardx.train.evaluate import BITS_PER_BYTE, evaluate
 from gshardx.train.job import Job
 from gshardx.train.run_dir import RunDir
 from gshardx.train.state import averaged
@@ -61,7 +61,7 @@ def trained(tmp_path, name, chosen):
     run = RunDir(tmp_path / name)
     assert loop.train(chosen, run, "command") == 0
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return run, [{k: v for k, v in line.items() if not k.startswith("perf")} for line in lines]
+    return run, [{k: v for k, v in line.items() if not k.startswith(("perf", "goodput"))} for line in lines]
 
 
 @pytest.mark.slow
@@ -79,9 +79,10 @@ def test_what_is_saved_evaluated_and_served_is_the_average_of_all_steps(tmp_path
     ema = saved(4, "ema")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ema, expected)
 
-    bits = bits_per_byte(job, Variables(ema, job.blueprint.init_router()), read_text(chosen.data))
+    text = read_text(chosen.data)
+    bits = evaluate(job, Variables(ema, job.blueprint.init_router()), text)[BITS_PER_BYTE]
     assert lines[-1]["evaluation/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-    last = bits_per_byte(job, Variables(saved(4, "params"), job.blueprint.init_router()), read_text(chosen.data))
+    last = evaluate(job, Variables(saved(4, "params"), job.blueprint.init_router()), text)[BITS_PER_BYTE]
     assert bits != pytest.approx(last, rel=1e-4)
 
     served = load_run(run.path, MeshConfig(expert=2)).variables.params

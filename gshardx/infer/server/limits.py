@@ -11,11 +11,11 @@ from gshardx.errors import BadInput
 from gshardx.infer.server.worker import EngineDown, Worker
 
 REMEMBERED = 10.0
-"""Seconds; the weight of what was seen of the pace falls to 1 / e in as many."""
+"""Seconds; the weight of what was seen of the service rate falls to 1 / e in as many."""
 LONGEST = 120.0
 """Seconds that anybody is told to wait: OpenAI's client gives up where it is told more."""
 FOR_RETURNS = 0.9
-"""Share of the pace that those who were told to come back may take; the rest is for who comes unasked."""
+"""Share of the service rate that those who were told to come back may take; the rest is for who comes unasked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Refused(Exception):
         self.seconds = max(1, math.ceil(seconds))
 
 
-class Pace:
+class ServiceRate:
     """How fast those that wait are let in: as fast as others end, seen while somebody waited."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Admission:
     """
 
     def __init__(self, limits: Limits, slots: int) -> None:
-        self.limits, self.slots, self.pace = limits, slots, Pace()
+        self.limits, self.slots, self.rate = limits, slots, ServiceRate()
         self.refused = 0
         self._promised = 0.0
         """When, on ``time.monotonic``'s clock, all those told to come back will have been let in, if all do."""
@@ -89,7 +89,7 @@ class Admission:
 
     def ended(self, count: int, waiting: bool) -> None:
         """What :class:`Worker` tells after each step."""
-        self.pace.note(time.monotonic(), count, waiting)
+        self.rate.note(time.monotonic(), count, waiting)
 
     @contextlib.contextmanager
     def of(self, owner: str) -> Iterator[None]:
@@ -120,7 +120,7 @@ class Admission:
             raise EngineDown(trouble)
         load, limits = worker.load(), self.limits
         behind = max(0, load.waiting - (self.slots - load.running))  # those that find a free slot do not wait
-        wait = self.pace.seconds(behind + count)
+        wait = self.rate.seconds(behind + count)
         if not behind:
             return
         if behind + count > limits.max_queue:
@@ -136,10 +136,10 @@ class Admission:
     def _turn(self, behind: int, count: int) -> float:
         """Seconds until the queue is empty and those refused before have come back and been let in: were all told when
         the queue is empty, they would all come then."""
-        now, pace = time.monotonic(), self.pace.seconds(1)
+        now, each = time.monotonic(), self.rate.seconds(1) or 0.0
         # They are told whole seconds, so all of one second may come at once: these and one more must find room.
-        apart = max(1 / max(0.5, self.limits.max_queue - 1), (pace or 0.0) / FOR_RETURNS)
-        turn = max(self._promised, now + behind * (pace or 0.0))
+        apart = max(1 / max(0.5, self.limits.max_queue - 1), each / FOR_RETURNS)
+        turn = max(self._promised, now + behind * each)
         self._promised = min(turn + count * apart, now + LONGEST)
         return min(turn - now, LONGEST)
 

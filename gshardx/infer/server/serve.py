@@ -24,7 +24,7 @@ from gshardx.infer.server.limits import Limits
 from gshardx.sharding.guard import count_compiles
 
 if TYPE_CHECKING:
-    from gshardx.infer.server.app import Server
+    from gshardx.infer.server.state import Server
 
 LIMITS = {
     "max_queue": "requests that may wait; further ones are told when to come back (429)",
@@ -77,14 +77,16 @@ def serve(arguments: argparse.Namespace) -> int:
         BadInput: a wrong flag, an address that can't be listened on, or no run.
     """
     try:
-        from gshardx.infer.server.app import Server
         from gshardx.infer.server.chat import load_template
         from gshardx.infer.server.keys import Keys
+        from gshardx.infer.server.state import Server
     except ImportError as error:
         raise BadInput(f"serve needs more packages ({error.name}); pip install 'gshardx[serve]'") from error
     if jax.process_count() > 1:
         raise BadInput("serve runs in one process; start it without --num_processes, on the devices of one host")
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Limits)})
+    if not arguments.ahead_ms > 0:
+        raise BadInput(f"--ahead_ms {arguments.ahead_ms:g}: must be more than 0")
     _log_to_stderr()
     keys = Keys(arguments.api_keys) if arguments.api_keys else None
     if keys is None and not arguments.without_keys and not _only_here(arguments.host):
@@ -168,8 +170,8 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     if not 0 <= port < 1 << 16:
         raise BadInput(f"--port {port}: must be 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named: asyncio sets TCP_NODELAY only where it reads TCP there, and without it each answer of two
-    # pieces takes 40 ms more (Nagle's algorithm meets delayed acknowledgements; 22 requests a second for 1,200).
+    # The protocol is named: asyncio sets TCP_NODELAY only where it reads TCP there, and without it the second piece of
+    # each answer waits for a delayed acknowledgement of the first (Nagle's algorithm).
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; else a client that reads nothing keeps its connection for good

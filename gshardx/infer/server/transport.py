@@ -58,7 +58,7 @@ class Bounded:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        size, read, whole = int(headers.get("content-length", 0)), 0, False
+        size, read, whole, started = int(headers.get("content-length", 0)), 0, False, False
         ends = time.monotonic() + UPLOAD
         # Who waits for a go-ahead sends no body after this, and what it sends next must not be taken for one.
         over = HTTPException(413, f"the body is over {self._limit} bytes", CLOSE if "expect" in headers else None)
@@ -81,7 +81,9 @@ class Bounded:
             self._answered[getattr(scope.get("route"), "path", "other"), status] += 1
 
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 count(message["status"])
             await send(message)
 
@@ -93,5 +95,6 @@ class Bounded:
         try:
             await self._app(scope, bounded, counted)
         except Exception:
-            count(500)  # answered further out, see errors.py
+            if not started:
+                count(500)  # answered further out, see errors.py
             raise

@@ -4,7 +4,10 @@ from gshardx.layers.routing.choice import Capacity, Priority
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.linear import LinearRouter
+from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
+from gshardx.layers.routing.skywork import SkyworkRouter
+from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
 from gshardx.layers.routing.statistics import RouterStats
 from gshardx.layers.routing.switch import SwitchRouter
 from gshardx.layers.routing.top_k import TopKRouter
@@ -14,10 +17,14 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "switch": SwitchRouter,
     "top_k": TopKRouter,
     "sigmoid_bias": SigmoidBiasRouter,
+    "sparse_mixer": SparseMixerRouter,
+    "noisy_top_k": NoisyTopKRouter,
+    "skywork": SkyworkRouter,
 }
 """By the name in ``model.moe.router``."""
 
 __all__ = [
-    "ROUTERS",    "Capacity", "GShardRouter", "LinearRouter", "Losses", "Priority", "Router", "RouterState",
-    "RouterStats", "Routing", "SecondExpert", "SigmoidBiasRouter", "SwitchRouter", "TopKRouter",
+    "ROUTERS",    "Capacity", "GShardRouter", "LinearRouter", "Losses", "NoisyTopKRouter", "Priority", "Router",
+    "RouterState", "RouterStats", "Routing", "SecondExpert", "SigmoidBiasRouter", "SkyworkRouter",
+    "SparseMixerRouter", "SwitchRouter", "TopKRouter",
 ]  # fmt: skip

@@ -52,6 +52,11 @@ class LinearRouter(nnx.Module):
         self.capacity, self.priority = capacity, priority
         self.losses = tuple((self.LOSSES if losses is None else losses).items())
 
+    @classmethod
+    def matrices(cls, width: int, num_experts: int) -> list[tuple[int, int]]:
+        """The shapes of its matrices; each is multiplied with every token once."""
+        return [(width, num_experts)]
+
     def initial_state(self) -> RouterState:
         return ()
 
@@ -60,11 +65,15 @@ class LinearRouter(nnx.Module):
 
     def logits(self, tokens: Float[Array, "g s m"]) -> Float[Array, "g s e"]:
         """fp32, whatever the tokens are."""
-        # Whole: on an fsdp x tensor mesh the partitioner would otherwise split it over ``tensor`` and move it twice.
-        kernel = shard(self.kernel[...], "model router")
-        # By default accelerators would multiply in TF32 or bfloat16, and near ties fall otherwise on each.
-        logits = jnp.einsum("gsm,me->gse", tokens.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+        logits = self.product(tokens, self.kernel)
         return logits if self.bias is None else logits + self.bias[...]
+
+    def product(self, tokens: Float[Array, "g s m"], kernel: nnx.Param[Array]) -> Float[Array, "g s e"]:
+        """Of tokens with a matrix ``[m, e]``; fp32."""
+        # Whole: on an fsdp x tensor mesh the partitioner would otherwise split it over ``tensor`` and move it twice.
+        whole = shard(kernel[...], "model router")
+        # By default accelerators would multiply in TF32 or bfloat16, and near ties fall otherwise on each.
+        return jnp.einsum("gsm,me->gse", tokens.astype(jnp.float32), whole, precision=jax.lax.Precision.HIGHEST)
 
     def route(
         self,

@@ -7,7 +7,7 @@
 
 The sequence-wise loss of the paper (eq. 17-20) is "balance" with sequences as groups; its gates are s / sum_e s, and it
 counts the k largest s, without bias and groups: else it would fall silent once the bias has evened the loads. Llama 4
-is ``top_k=1, renormalise=False, weigh="input", rate=0``: the weight multiplies the expert's input.
+is ``top_k=1, renormalise=False, weigh="input", choose_by="logits"``: the weight multiplies the expert's input.
 """
 
 import dataclasses
@@ -38,6 +38,8 @@ class SigmoidBiasRouter(LinearRouter):
     groups, groups_kept: a token chooses within ``groups_kept`` of ``groups`` equal parts of the experts; 8 and 4 in
         DeepSeek-V3; 1: no limit.
     rate: of the bias; 0.001 in DeepSeek-V3.
+    choose_by: "scores" and bias; or "logits" alone, which differ where large ones have the same sigmoid in fp32 (Llama
+        4).
     weigh: whether weights multiply the experts' output or their input.
     """
 
@@ -53,13 +55,14 @@ class SigmoidBiasRouter(LinearRouter):
         groups_kept: int = 1,
         rate: float = 0.001,
         weigh: Literal["output", "input"] = "output",
+        choose_by: Literal["scores", "logits"] = "scores",
         **common: Any,
     ) -> None:
         check_groups(num_experts, top_k, groups, groups_kept)
         super().__init__(width, num_experts, top_k, **common)
         self.renormalise, self.scale = renormalise, scale
         self.groups, self.groups_kept = groups, groups_kept
-        self.rate, self.weigh = rate, weigh
+        self.rate, self.weigh, self.choose_by = rate, weigh, choose_by
 
     def initial_state(self) -> BiasState:
         return BiasState(jnp.zeros(self.num_experts), jnp.zeros(self.num_experts))
@@ -72,7 +75,7 @@ class SigmoidBiasRouter(LinearRouter):
     ) -> Routing:
         logits = self.logits(tokens)
         scores = jax.nn.sigmoid(logits)
-        biased = scores + state.bias
+        biased = scores + state.bias if self.choose_by == "scores" else logits
         open_to = best_groups(biased, self.groups, self.groups_kept, best_of=2)
         experts = top_k(jnp.where(open_to, biased, -jnp.inf), self.top_k)
         weights = take(scores, experts)

@@ -7,9 +7,10 @@
     Granite             after     -
     GPT-OSS             after     -             yes
     DeepSeek-V2         before    no                    16.0     8, of which 3
+    MoEfication         none      -             yes
 
 Softmax "before" the choice is over all experts; "after" it, over the chosen logits, which equals "before" with
-renormalisation.
+renormalisation. With "none" each chosen expert weighs 1 (arXiv 2110.01786), and only losses teach the router.
 """
 
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from gshardx.layers.routing.linear import LinearRouter, normalised
 class TopKRouter(LinearRouter):
     """Args, beside those of :class:`LinearRouter` (bias is GPT-OSS's):
 
-    softmax: over all experts "before" the choice, or over the chosen ones "after" it.
+    softmax: over all experts "before" the choice, or over the chosen ones "after" it; "none": weights of 1.
     renormalise: divide the weights by their sum (with softmax "before").
     scale: factor on the weights.
     groups: equal parts that the experts are divided into (by device); 1: no limit.
@@ -40,7 +41,7 @@ class TopKRouter(LinearRouter):
         num_experts: int,
         top_k: int,
         *,
-        softmax: Literal["before", "after"] = "before",
+        softmax: Literal["before", "after", "none"] = "before",
         renormalise: bool = True,
         scale: float = 1.0,
         groups: int = 1,
@@ -62,6 +63,8 @@ class TopKRouter(LinearRouter):
         weights = take(gates, experts)
         if self.softmax == "after":
             weights = jax.nn.softmax(take(logits, experts), axis=-1)
+        elif self.softmax == "none":
+            weights = jnp.ones_like(weights)
         elif self.renormalise:
             weights = normalised(weights)
         return self.route(Gating(logits, gates, experts, valid), weights * self.scale, training=rng is not None)

@@ -41,9 +41,14 @@ def matrix_of(names: Names) -> Matrix | None:
     ``heads * head_dim``, and the output, ``heads head_dim embed``, one of ``heads * head_dim`` by ``embed``. None for
     vectors, stacked or not.
     """
-    sides = groupby(own_dimensions(names), lambda at: "heads" if names[at] in _HEADS else at)
-    found = [tuple(side) for _, side in sides]
+    found = _sides(names)
     return Matrix(*found) if len(found) == 2 else None
+
+
+def _sides(names: Names) -> list[tuple[int, ...]]:
+    """The dimensions that are not stacked; heads and their width count as one."""
+    sides = groupby(own_dimensions(names), lambda at: "heads" if names[at] in _HEADS else at)
+    return [tuple(side) for _, side in sides]
 
 
 def is_router(names: Names) -> bool:
@@ -61,7 +66,7 @@ def decays(names: Names) -> bool:
 
     A norm's scale belongs at 1, a bias may be any size, and decay of a router pulls the scores of all experts together.
     """
-    return len(own_dimensions(names)) > 1 and not is_router(names)
+    return len(_sides(names)) > 1 and not is_router(names)
 
 
 def by_names(rule: Callable[[Names], Any], axes: Params) -> Any:

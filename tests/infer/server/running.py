@@ -9,10 +9,11 @@ from pathlib import Path
 import httpx
 import uvicorn
 
-from gshardx.infer.server.app import Server, build_app
+from gshardx.infer.server.app import build_app
 from gshardx.infer.server.chat import load_template
 from gshardx.infer.server.limits import Limits
 from gshardx.infer.server.serve import listening
+from gshardx.infer.server.state import Server
 from gshardx.infer.server.transport import Connection
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gshardx.errors import BadInput
 from gshardx.infer.server import limits
-from gshardx.infer.server.limits import LONGEST, Admission, Limits, Pace, Refused
+from gshardx.infer.server.limits import LONGEST, Admission, Limits, Refused, ServiceRate
 from gshardx.infer.server.worker import EngineDown, Seen
 from tests.infer.server.running import serving
 
@@ -46,7 +46,7 @@ def paced(each, **given):
     """Admission at a server where every ``each`` seconds a sequence ends."""
     admission = Admission(Limits(**given), SLOTS)
     for number in range(100):
-        admission.pace.note(number * each, 1, waiting=True)
+        admission.rate.note(number * each, 1, waiting=True)
     return admission
 
 
@@ -57,15 +57,15 @@ def test_limits_are_positive(name):
 
 
 @given(st.lists(st.tuples(st.floats(0.001, 0.5), st.integers(0, 5)), min_size=20, max_size=200))
-def test_the_pace_is_that_of_those_that_ended_lately(steps):
+def test_the_rate_is_that_of_those_that_ended_lately(steps):
     """Over much less than the ten seconds that are remembered, that of all."""
-    pace, now = Pace(), 0.0
-    pace.note(now, 3, waiting=True)
+    rate, now = ServiceRate(), 0.0
+    rate.note(now, 3, waiting=True)
     for passed, ended in steps:
         now += passed
-        pace.note(now, ended, waiting=True)
+        rate.note(now, ended, waiting=True)
     seconds, ended = sum(passed for passed, _ in steps), sum(count for _, count in steps)
-    found = pace.seconds(7)
+    found = rate.seconds(7)
     if seconds < limits.REMEMBERED / 10 and ended >= 2:
         assert found == pytest.approx(7 * seconds / ended, rel=0.2)
     if found is not None:
@@ -73,32 +73,32 @@ def test_the_pace_is_that_of_those_that_ended_lately(steps):
 
 
 @given(st.floats(0.01, 5), st.integers(1, 50))
-def test_a_steady_pace_is_found_exactly(each, count):
-    assert paced(each).pace.seconds(count) == pytest.approx(count * each)
+def test_a_steady_rate_is_found_exactly(each, count):
+    assert paced(each).rate.seconds(count) == pytest.approx(count * each)
 
 
-def test_a_pace_that_changed_is_followed():
-    pace = Pace()
+def test_a_rate_that_changed_is_followed():
+    rate = ServiceRate()
     for number in range(1000):
-        pace.note(number * 0.1, 1, waiting=True)
+        rate.note(number * 0.1, 1, waiting=True)
     for number in range(100, 130):
-        pace.note(float(number), 1, waiting=True)
-    assert pace.seconds(1) == pytest.approx(1.0, rel=0.4)
+        rate.note(float(number), 1, waiting=True)
+    assert rate.seconds(1) == pytest.approx(1.0, rel=0.4)
 
 
-def test_time_in_which_nobody_waits_says_nothing_of_the_pace():
-    pace = Pace()
+def test_time_in_which_nobody_waits_says_nothing_of_the_rate():
+    rate = ServiceRate()
     for hour in range(20):
-        pace.note(hour * 3600.0, 9, waiting=True)
-        pace.note(hour * 3600.0 + 2, 4, waiting=False)
-    assert pace.seconds(1) == pytest.approx(0.5)
+        rate.note(hour * 3600.0, 9, waiting=True)
+        rate.note(hour * 3600.0 + 2, 4, waiting=False)
+    assert rate.seconds(1) == pytest.approx(0.5)
 
 
 def test_nothing_is_known_before_one_ended():
-    pace = Pace()
-    pace.note(0.0, 0, waiting=True)
-    pace.note(1.0, 0, waiting=True)
-    assert pace.seconds(1) is None
+    rate = ServiceRate()
+    rate.note(0.0, 0, waiting=True)
+    rate.note(1.0, 0, waiting=True)
+    assert rate.seconds(1) is None
 
 
 @given(st.integers(1, 20), st.integers(0, 30), st.integers(0, SLOTS), st.integers(1, 30))
@@ -190,13 +190,22 @@ def test_all_who_come_back_when_told_are_let_in(each, most, bursts):
                     waiting += 1
                 except Refused as error:
                     back.append((clock.now + error.seconds, error.seconds))
-        empty = clock.now + waiting * each
+        empty, again = clock.now + waiting * each, []
         for at in sorted(at for at, told in back if told < LONGEST and at > clock.now):
             clock.now = at
             waiting, ended = drained(waiting, ended, at, each)
-            if at >= empty:
-                admission.check(worker(waiting=waiting), 1)
+            if at >= empty and not let_in(admission, waiting):
+                again.append(at)
             waiting = min(most, waiting + 1)
+    assert not again, "refused though they came when they were told to"
+
+
+def let_in(admission, waiting):
+    try:
+        admission.check(worker(waiting=waiting), 1)
+    except Refused:
+        return False
+    return True
 
 
 def drained(waiting, ended, now, each):
@@ -286,7 +295,7 @@ def test_prompts_on_their_way_to_the_engine_count_as_waiting(held):
 def test_who_would_wait_too_long_is_refused(held):
     running, take = held(max_wait=10)
     for number in range(100):
-        running.server.admission.pace.note(number * 4.0, 1, waiting=True)
+        running.server.admission.rate.note(number * 4.0, 1, waiting=True)
     for _ in range(SLOTS + 2):
         take()
     check_refused(ask(running), "would wait for about 12 s, and 10 are allowed", seconds=8)

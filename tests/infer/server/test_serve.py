@@ -136,6 +136,8 @@ def test_killed_and_started_again_it_compiles_nothing(cache):
         (["--api_keys", "nowhere"], "nowhere"),
         (["--chat_template", "nowhere"], "nowhere"),
         (["--max_queue", "0"], "--max_queue 0: must be more than 0"),
+        (["--ahead_ms", "0"], "--ahead_ms 0: must be more than 0"),
+        (["--ahead_ms", "nan"], "--ahead_ms nan: must be more than 0"),
         (["--port", "70000"], "--port 70000: must be 0 to 65535"),
         (["--host", "nowhere.invalid"], "no such address"),
     ],

@@ -4,8 +4,10 @@ import asyncio
 import socket
 import time
 
+import httpx
 import pytest
 
+from gshardx.infer.server.frames import Completions
 from gshardx.infer.server.serve import listening
 from tests.infer.server.malformed import JSON, TOKENIZE, overheard, wire
 
@@ -102,6 +104,16 @@ def test_a_bug_is_counted_and_not_told(served, monkeypatch):
     assert answer.json()["error"]["message"] == "something went wrong in the server"
     assert "Traceback" not in answer.text
     assert served.server.timings.answered["/tokenizer_info", 500] == before + 1
+
+
+def test_a_stream_that_breaks_is_counted_once(served, monkeypatch):
+    answered = served.server.timings.answered
+    before = answered["/v1/completions", 200], answered["/v1/completions", 500]
+    monkeypatch.setattr(Completions, "choice", lambda *_: 1 / 0)
+    with overheard() as errors, pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
+        served.post("/v1/completions", {"prompt": "a", "stream": True})
+    assert any("ZeroDivisionError" in one for one in errors)
+    assert (answered["/v1/completions", 200], answered["/v1/completions", 500]) == (before[0] + 1, before[1])
 
 
 def test_answers_of_two_pieces_do_not_wait_for_acknowledgements():

@@ -19,15 +19,17 @@ DRAWN = {
 
 @functools.cache
 def compiled(make, *numbers, **options):
-    """``call(kernel, tokens, valid, rng, *state, bias) -> (routing, logits of the tokens)``."""
+    """``call(kernel, tokens, valid, rng, *state, **parameters) -> (routing, logits of the tokens)``.
+
+    Parameters that are not given are as they are drawn.
+    """
     made = make(M, *numbers, **options, rngs=nnx.Rngs(0))
     graph, params = nnx.split(made)
-    tree = jax.tree.structure(params)
 
     @jax.jit
-    def call(kernel, tokens, valid, rng, *state, bias=None):
-        leaves = [kernel] if bias is None else [bias, kernel]
-        router = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    def call(kernel, tokens, valid, rng, *state, **others):
+        given = {"kernel": kernel, **others}
+        router = nnx.merge(graph, jax.tree.map_with_path(lambda path, leaf: given.get(path[0].key, leaf), params))
         return router(tokens, valid, rng, *state), router.logits(tokens)
 
     return call

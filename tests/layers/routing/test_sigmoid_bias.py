@@ -71,6 +71,16 @@ def test_the_bias_changes_the_choice_but_no_weight_depends_on_it():
     np.testing.assert_allclose(lifted.weights, expected, atol=1e-6)
 
 
+def test_of_logits_with_the_same_sigmoid_the_larger_is_chosen_if_asked_for():
+    tokens, kernel, valid = data(0, "random", 12, 8)
+    state = BiasState(jnp.zeros(8), jnp.zeros(8))
+    for choose_by, all_best in (("logits", True), ("scores", False)):
+        call = compiled(SigmoidBiasRouter, 8, 1, renormalise=False, choose_by=choose_by, capacity=Capacity(None))
+        routing, logits = call(kernel, 500 * tokens, valid, None, state)
+        assert (np.asarray(routing.experts)[..., 0] == np.asarray(logits).argmax(-1)).all() == all_best
+        np.testing.assert_allclose(routing.weights[..., 0], 1.0 * valid, atol=1e-3)
+
+
 def test_no_gradient_reaches_the_bias_and_the_scores_get_theirs():
     tokens, kernel, valid = data(1, "random", 12, 8)
     call = compiled(SigmoidBiasRouter, 8, 3, groups=4, groups_kept=2, scale=2.5, capacity=Capacity(None))

@@ -27,11 +27,11 @@ SETTINGS = {
 def test_equals_the_loops_in_the_settings_of_public_models(name, seed, kind, padding):
     (s, e, k), capacity, options = SETTINGS[name]
     tokens, kernel, valid = data(seed, kind, s, e, padding=padding)
-    bias = None
+    given = {}
     if options.get("bias"):
-        bias = np.random.default_rng(seed + 1).normal(size=e).astype(np.float32)
+        given["bias"] = np.random.default_rng(seed + 1).normal(size=e).astype(np.float32)
     routing, logits = compiled(TopKRouter, e, k, capacity=capacity, **options)(
-        kernel, tokens, valid, jax.random.key(seed), bias=bias
+        kernel, tokens, valid, jax.random.key(seed), **given
     )
     slots = capacity_of(capacity, s, e, k, training=True)
     settings_of_oracle = {name: value for name, value in options.items() if name != "bias"}
@@ -58,6 +58,17 @@ def test_softmax_after_the_choice_equals_softmax_before_it_with_renormalisation(
     )[0]
     np.testing.assert_array_equal(before.experts, after.experts)
     np.testing.assert_allclose(before.weights, after.weights, atol=1e-6)
+
+
+def test_without_a_softmax_the_best_experts_weigh_what_scale_says():
+    tokens, kernel, valid = data(1, "random", 12, 8)
+    before = compiled(TopKRouter, 8, 2, capacity=Capacity(None))(kernel, tokens, valid, jax.random.key(0))[0]
+    none = compiled(TopKRouter, 8, 2, softmax="none", scale=0.5, capacity=Capacity(None))(
+        kernel, tokens, valid, jax.random.key(0)
+    )[0]
+    np.testing.assert_array_equal(before.experts, none.experts)
+    np.testing.assert_array_equal(none.weights, 0.5 * np.asarray(none.keep))
+    np.testing.assert_array_equal(before.keep, none.keep)
 
 
 def test_tokens_stay_within_the_best_groups():

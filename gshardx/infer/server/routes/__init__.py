@@ -1,0 +1,1 @@
+"""The paths that the server answers, by whom they are for."""
