@@ -10,6 +10,15 @@ from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig
 
 LOSSES = ("balance", "z", "first_choice", "all_choices", "batch", "device", "communication", "importance", "load")
+RouterName = Literal[
+    "gshard",
+    "switch",
+    "top_k",
+    "sigmoid_bias",
+    "sparse_mixer",
+    "noisy_top_k",
+    "skywork",
+]
 SCALES = ("embedding", "residual", "attention", "logits")
 
 
@@ -25,7 +34,7 @@ class MoEConfig:
     """Every how many blocks one is an MoE block: 1 all of them, 2 every other, as in GShard."""
     dense_first: int = 0
     """Dense blocks before that pattern starts (DeepSeek-V3 has 3)."""
-    router: Literal["gshard", "switch", "top_k", "sigmoid_bias", "sparse_mixer", "noisy_top_k", "skywork"] = "gshard"
+    router: RouterName = "gshard"
     """How tokens choose (docs/routers)."""
     router_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of that router, for example {second_expert: random} (docs/routers)."""

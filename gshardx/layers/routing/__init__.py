@@ -24,7 +24,21 @@ ROUTERS: dict[str, type[LinearRouter]] = {
 """By the name in ``model.moe.router``."""
 
 __all__ = [
-    "ROUTERS",    "Capacity", "GShardRouter", "LinearRouter", "Losses", "NoisyTopKRouter", "Priority", "Router",
-    "RouterState", "RouterStats", "Routing", "SecondExpert", "SigmoidBiasRouter", "SkyworkRouter",
-    "SparseMixerRouter", "SwitchRouter", "TopKRouter",
-]  # fmt: skip
+    "Capacity",
+    "GShardRouter",
+    "LinearRouter",
+    "Losses",
+    "NoisyTopKRouter",
+    "Priority",
+    "ROUTERS",
+    "Router",
+    "RouterState",
+    "RouterStats",
+    "Routing",
+    "SecondExpert",
+    "SigmoidBiasRouter",
+    "SkyworkRouter",
+    "SparseMixerRouter",
+    "SwitchRouter",
+    "TopKRouter",
+]
