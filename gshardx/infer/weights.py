@@ -15,6 +15,7 @@ from gshardx.errors import BadInput
 from gshardx.infer.exchange import Exchange
 from gshardx.layers import Layers, MergedExperts, MoE, merged
 from gshardx.models.build import Blueprint, Params, Variables, blueprint
+from gshardx.models.decode import check_causal
 from gshardx.sharding import CompiledStep, shard
 from gshardx.sharding.kept import KeptSteps
 
@@ -32,7 +33,12 @@ class Serving(Layers):
 
 
 def separate(plan: Blueprint, variables: Variables, mesh: Mesh, exchange: Exchange) -> tuple[Blueprint, Variables]:
-    """The same model with arrays of its own for each layer, as :class:`Serving` has it."""
+    """The same model with arrays of its own for each layer, as :class:`Serving` has it.
+
+    Raises:
+        BadInput: the model's router is not causal.
+    """
+    check_causal(plan)
     apart = blueprint(plan.config, plan.vocab, mesh, stack=partial(Serving, exchange=exchange))
     count = len(apart.params["stack"]["separate"])
 

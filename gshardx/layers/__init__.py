@@ -19,6 +19,7 @@ from gshardx.layers.reach import Reach
 from gshardx.layers.rope import Rope
 from gshardx.layers.routing import (
     Capacity,
+    ExpertChoiceRouter,
     GShardRouter,
     Losses,
     NoisyTopKRouter,
@@ -43,6 +44,7 @@ __all__ = [
     "Dispatcher",
     "Einsum",
     "Embedding",
+    "ExpertChoiceRouter",
     "Experts",
     "FeedForward",
     "FullPages",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from gshardx.errors import BadInput
 from gshardx.layers import KVCache
 from gshardx.models.attention import kept
 from gshardx.models.build import Blueprint, Variables
@@ -46,8 +47,20 @@ class Sampling(NamedTuple):
     seed: UInt32[Array, "b"]
 
 
+def check_causal(plan: Blueprint) -> None:
+    """Raise BadInput if a token's experts hang on tokens that a decoder has not written yet."""
+    leak = plan.bind(plan.params).stack.router.leak
+    if leak is not None:
+        raise BadInput(f"model.moe.router = {plan.config.moe.router} can't decode: {leak}; train with gshard or top_k")
+
+
 def abstract_state(blueprint: Blueprint, rows: int, length: int, mesh: Mesh) -> DecodeState:
-    """Shapes, dtypes and shardings of a state for ``rows`` rows of at most ``length`` tokens."""
+    """Shapes, dtypes and shardings of a state for ``rows`` rows of at most ``length`` tokens.
+
+    Raises:
+        BadInput: the model's router is not causal.
+    """
+    check_causal(blueprint)
     config = blueprint.config
     heads, width, values = kept(config)
     cache = (config.layers, rows, length, heads, width)

@@ -12,6 +12,7 @@ from gshardx.infer.depth import EXPLORE, Costs
 from gshardx.infer.request import Output, Request, SamplingParams
 from gshardx.infer.sampling import TOP
 from gshardx.layers.routing import ROUTERS
+from gshardx.models.decode import abstract_state
 from gshardx.sharding import MeshConfig
 from gshardx.sharding.guard import count_compiles
 from tests.infer.answers import answered, assert_everything_is_back, check_against_full_pass, collected
@@ -205,8 +206,21 @@ def test_every_router_decodes_as_it_is_trained(name):
     check_against_full_pass(own.plan, own.variables, requests, answered(own.engine(small), requests))
 
 
+NOT_CAUSAL = {"expert_choice"}
+
+
 def test_every_router_is_in_that_test():
-    assert {options["router"] for options in ROUTER_CONFIGS.values()} == set(ROUTERS)
+    assert {options["router"] for options in ROUTER_CONFIGS.values()} == set(ROUTERS) - NOT_CAUSAL
+
+
+@pytest.mark.parametrize("router", sorted(NOT_CAUSAL))
+def test_routers_that_see_later_tokens_are_not_served(router):
+    own = Model(config=dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, router=router)))
+    message = f"model.moe.router = {router} can't decode: .* later ones too; train with gshard or top_k"
+    with pytest.raises(BadInput, match=message):
+        own.engine(SMALL)
+    with pytest.raises(BadInput, match=message):
+        abstract_state(own.plan, 8, 16, own.mesh)
 
 
 @pytest.mark.slow

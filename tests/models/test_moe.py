@@ -33,7 +33,11 @@ def test_the_config_lists_the_registry():
 def test_every_router_is_built_by_its_name_with_its_capacity(name):
     layer = built(router=name, top_k=1, capacity_factor=2.0)
     assert type(layer.router) is ROUTERS[name]
-    assert layer.router.capacity == Capacity(2.0)
+    assert layer.router.capacity == Capacity(2.0, evaluation=2.0 if name == "expert_choice" else None)
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "expert_choice"])
+def test_every_router_is_dropless_without_a_factor(name):
     assert built(router=name, top_k=1, capacity_factor=None).router.capacity == Capacity(None)
 
 

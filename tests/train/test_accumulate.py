@@ -30,6 +30,12 @@ CASES = {
     "sigmoid_bias": {"router": "sigmoid_bias", "losses": {"balance": 0.3, "z": 0.1}, "adaptive_balance": True},
     "noisy_top_k": {"router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}},
     "skywork": {"router": "skywork"},
+    "expert_choice": {"router": "expert_choice", "capacity_factor": 1.0},
+    "capped": {
+        "router": "expert_choice",
+        "capacity_factor": 1.0,
+        "router_options": {"most": 3, "smoothness": 0.1, "iterations": 20},
+    },
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{

@@ -52,10 +52,7 @@ class Einsum:
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """Slots as indices: gathers in forward and backward, no ``[s, e, c]`` tensor, O(s k m) memory.
-
-    wire: as in :class:`Einsum`.
-    """
+    """By index: gathers both ways, no ``[s, e, c]`` tensor, O(s k m) memory. Args as :class:`Einsum`."""
 
     wire: Wire = None
 

@@ -2,6 +2,7 @@
 
 from gshardx.layers.routing.choice import Capacity, Priority
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
+from gshardx.layers.routing.expert_choice import ExpertChoiceRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.linear import LinearRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
@@ -20,11 +21,13 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "sparse_mixer": SparseMixerRouter,
     "noisy_top_k": NoisyTopKRouter,
     "skywork": SkyworkRouter,
+    "expert_choice": ExpertChoiceRouter,
 }
 """By the name in ``model.moe.router``."""
 
 __all__ = [
     "Capacity",
+    "ExpertChoiceRouter",
     "GShardRouter",
     "LinearRouter",
     "Losses",

@@ -50,12 +50,15 @@ class Router(Protocol):
     """Chooses experts.
 
     ``rng`` is a key, or one for each group, in training and None at inference, where a choice depends on its own token
-    alone. ``state`` is what ``initial_state`` or the last ``after_step`` gave.
+    alone unless the router has a ``leak``. ``state`` is what ``initial_state`` or the last ``after_step`` gave.
     """
 
     num_experts: int
     top_k: int
     losses: tuple[tuple[str, Loss], ...]
+
+    @property
+    def leak(self) -> str | None: ...  # why no decoder can be served
 
     def initial_state(self) -> RouterState: ...
 

@@ -57,6 +57,11 @@ class LinearRouter(nnx.Module):
         """The shapes of its matrices; each is multiplied with every token once."""
         return [(width, num_experts)]
 
+    @property
+    def leak(self) -> str | None:
+        """How tokens, without an rng, hang on later ones of their row: no decoder serves that. None: they don't."""
+        return None if self.capacity.evaluation is None else "an expert may be full, of later tokens too"
+
     def initial_state(self) -> RouterState:
         return ()
 
