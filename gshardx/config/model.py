@@ -19,6 +19,7 @@ RouterName = Literal[
     "noisy_top_k",
     "skywork",
     "expert_choice",
+    "hash",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

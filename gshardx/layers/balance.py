@@ -60,39 +60,10 @@ class BalanceLoss(Loss):
 
     def sums(self, gating: Gating) -> Sums:
         experts = gating.experts[..., :1] if self.choices == "first" else gating.experts
-        share, gate, tokens = _shares(gating, experts)
+        share, gate, tokens = shares(gating, experts)
         if self.over == "batch":
             return share.sum(0), gate.sum(0), tokens.sum()
         return jnp.sum(evenness(share, gate, tokens) * tokens), tokens.sum()
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceLoss(Loss):
-    """DeepSeekMoE's device-level loss (arXiv 2401.06066 eq. 15): :class:`BalanceLoss` over the batch, between
-    ``devices`` equal parts of the experts."""
-
-    devices: int
-
-    def sums(self, gating: Gating) -> Sums:
-        share, gate, tokens = (x.sum(0) for x in _shares(gating, gating.experts))
-        return share.reshape(self.devices, -1).sum(-1), gate.reshape(self.devices, -1).sum(-1), tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class CommunicationLoss(DeviceLoss):
-    """DeepSeek-V2's communication loss (arXiv 2405.04434 eq. 29): evens what each of ``devices`` parts of the experts
-    receives. A token that chose several experts of a part is sent there once; at most ``limit`` parts get a token. 1.0
-    if all parts receive alike and every token goes to ``limit`` of them; less if tokens go to fewer.
-    """
-
-    limit: int
-
-    def sums(self, gating: Gating) -> Sums:
-        size = gating.gates.shape[-1] // self.devices
-        part = jnp.arange(self.devices, dtype=jnp.int32)
-        sent = (gating.experts[..., None] // size == part).any(-2) & gating.valid[..., None]
-        _, gate, tokens = super().sums(gating)
-        return sent.astype(jnp.float32).sum((0, 1)) / self.limit, gate, tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,42 +75,12 @@ class ZLoss(Loss):
         return jnp.sum(jax.nn.logsumexp(gating.logits, axis=-1) ** 2 * real), real.sum()
 
 
-@dataclasses.dataclass(frozen=True)
-class ImportanceLoss(Loss):
-    """Squared coefficient of variation of the experts' gates, summed over the batch (arXiv 1701.06538 eq. 6)."""
-
-    def sums(self, gating: Gating) -> Sums:
-        return (_shares(gating, gating.experts)[1].sum(0),)
-
-    def value(self, sums: Sums) -> Float[Array, ""]:
-        return cv_squared(*sums)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadLoss(ImportanceLoss):
-    """The same of a smooth load, in V-MoE's form (arXiv 2106.05974 appendix A): each expert's chance to reach the k-th
-    best logit with Gaussian noise of this ``deviation`` on its own. At best 0.
-    """
-
-    deviation: float
-
-    def sums(self, gating: Gating) -> Sums:
-        threshold = jnp.sort(gating.logits, axis=-1)[..., -gating.experts.shape[-1], None]
-        chance = jax.scipy.stats.norm.cdf((gating.logits - threshold) / self.deviation)
-        return (jnp.sum(chance * gating.valid[..., None], axis=(0, 1)),)
-
-
-def cv_squared(values: Float[Array, "e"]) -> Float[Array, ""]:
-    """Variance over squared mean."""
-    return values.var() / jnp.maximum(values.mean() ** 2, 1e-20)
-
-
 def evenness(share: Float[Array, "*g e"], gate: Float[Array, "*g e"], tokens: Float[Array, "*g"]) -> Float[Array, "*g"]:
     """``e * sum_e share_e gate_e / tokens**2``: 1.0 where either is even and shares add up to ``tokens``."""
     return share.shape[-1] * jnp.sum(share * gate, axis=-1) / jnp.maximum(tokens, 1.0) ** 2
 
 
-def _shares(
+def shares(
     gating: Gating, experts: Int[Array, "g s k"]
 ) -> tuple[Float[Array, "g e"], Float[Array, "g e"], Float[Array, "g"]]:
     """Of each group: each expert's choices over k, its summed gates; and real tokens."""

@@ -60,14 +60,15 @@ class Block(nnx.Module):
         layer: int | Int[Array, ""],
         keys: Array | None,
         state: RouterState,
+        ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics | None]:
-        """The output, the extended memory, and an MoE block's metrics."""
+        """The output, the extended memory, and an MoE block's metrics. ``ids``: of the tokens, as routers may ask."""
         at_attention, at_output, at_router = (None if keys is None else folded(keys, site) for site in range(3))
         out, memory = self.attention(self.attention_norm(x, self.dtypes[0]), positions, memory, layer)
         x = x + self._branch(out, at_attention).astype(x.dtype)
         normed, metrics = self.feed_forward_norm(x, self.dtypes[1]), None
         if isinstance(self.feed_forward, MoE):
-            out, metrics = self.feed_forward(normed, valid, at_router, state)
+            out, metrics = self.feed_forward(normed, valid, at_router, state, ids)
         else:
             out = self.feed_forward(normed)
         return x + self._branch(out, at_output).astype(x.dtype), memory, metrics
@@ -93,12 +94,13 @@ class Unit(nnx.Module):
         first_layer: int | Int[Array, ""],
         keys: Array | None,
         state: RouterState,
+        ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics]:
         metrics = None
         for offset, block in enumerate([*self.dense, self.sparse]):
             layer = first_layer + offset
             own = None if keys is None else folded(keys, layer)
-            x, memory, metrics = block(x, positions, valid, memory, layer, own, state)
+            x, memory, metrics = block(x, positions, valid, memory, layer, own, state, ids)
         return x, memory, cast(MoEMetrics, metrics)
 
 
@@ -152,6 +154,7 @@ class Stack(nnx.Module):
         memory: Memory,
         keys: Array | None,
         state: RouterState,
+        ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics]:
         graph, params = nnx.split(self.units)
         blocks = len(self.units.dense) + 1
@@ -160,7 +163,7 @@ class Stack(nnx.Module):
             x, memory = carry
             index, unit, state = layer
             number = self.first + index * blocks
-            x, memory, metrics = nnx.merge(graph, unit)(x, positions, valid, memory, number, keys, state)
+            x, memory, metrics = nnx.merge(graph, unit)(x, positions, valid, memory, number, keys, state, ids)
             return (x, memory), metrics
 
         layers = (jnp.arange(self.count), params, state)
@@ -193,11 +196,12 @@ class Layers(Stack):
         memory: Memory,
         keys: Array | None,
         state: RouterState,
+        ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics]:
         found = []
         for index, unit in enumerate(self.separate):
             own = jax.tree.map(lambda leaf, index=index: leaf[index], state)
             first = self.first + index * (len(unit.dense) + 1)
-            x, memory, metrics = unit(x, positions, valid, memory, first, keys, own)
+            x, memory, metrics = unit(x, positions, valid, memory, first, keys, own, ids)
             found.append(metrics)
         return x, memory, jax.tree.map(lambda *one_each: jnp.stack(one_each), *found)

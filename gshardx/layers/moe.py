@@ -60,12 +60,14 @@ class MoE(nnx.Module):
         valid: Bool[Array, "b t"],
         rng: Array | None,
         state: RouterState = (),
+        ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t m"], MoEMetrics]:
         """Padding (``valid`` False) takes no slot, and no routed expert adds to it.
 
         With ``rng`` None (inference) each row is its own group and, unless the router's capacity says otherwise, has a
         slot for every choice: nothing is dropped, and a token's output depends on no other token; else it is a key, or
         one a row. ``state`` is the router's: ``router.initial_state()`` at first, ``()`` for routers without one.
+        ``ids`` are the tokens', for routers that look at them.
         """
         b, t, m = x.shape
         s = t if rng is None else self.group_size or t
@@ -74,7 +76,8 @@ class MoE(nnx.Module):
         tokens = shard(x.reshape(b * t // s, s, m), "group token model")
         with jax.named_scope("gate"):
             keys = None if rng is None else group_keys(row_keys(rng, b), t, s)
-            routing = self.router(tokens, valid.reshape(-1, s), keys, state)
+            router = self.router if ids is None else self.router.reading(ids.reshape(-1, s))
+            routing = router(tokens, valid.reshape(-1, s), keys, state)
         choices, kept = (x.reshape(b, t, -1) for x in (routing.experts, routing.keep))
         if self.place is not None:
             routing = dataclasses.replace(routing, experts=self.place[...][routing.experts])

@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 from gshardx.layers import Auto, MoE, Ragged
 from gshardx.layers.balance import Gating
 from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
-from gshardx.layers.routing import LinearRouter
+from gshardx.layers.routing import RouterBase
 from gshardx.models.attention import summed
 from gshardx.models.build import Blueprint, Params
 from gshardx.sharding import Allowance, Budget, bytes_per_device
@@ -120,7 +120,7 @@ def _has_loss_over_batch(plan: Blueprint, moe: MoE) -> bool:
 def _sizes(plan: Blueprint, mesh: Mesh, moe: MoE, step: Step, rows: int, tokens: int) -> _Sizes:
     config, training = plan.config, step == "train"
     s = (moe.group_size or tokens) if training else tokens
-    router = cast(LinearRouter, moe.router)
+    router = cast(RouterBase, moe.router)
     return _Sizes(
         step=step,
         first_pass=False,

@@ -83,7 +83,7 @@ class Decoder(nnx.Module):
         for layer, block in enumerate(self.first):
             own = None if keys is None else folded(keys, layer)
             x, memory, _ = block(x, positions, valid, memory, layer, own, ())
-        x, memory, metrics = self.stack(x, positions, valid, memory, keys, state)
+        x, memory, metrics = self.stack(x, positions, valid, memory, keys, state, tokens)
         return self.final_norm(x, self.logits_dtype), memory, metrics
 
     def logits(self, hidden: Float[Array, "b t m"]) -> Float[Array, "b t v"]:

@@ -20,9 +20,10 @@ from gshardx.layers import (
     Residual,
     Shared,
 )
-from gshardx.layers.balance import BalanceLoss, CommunicationLoss, DeviceLoss, ImportanceLoss, Loss
+from gshardx.layers.balance import BalanceLoss, Loss
 from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
-from gshardx.layers.routing import ROUTERS, LinearRouter, Router
+from gshardx.layers.losses import CommunicationLoss, DeviceLoss, ImportanceLoss
+from gshardx.layers.routing import ROUTERS, Router, RouterBase
 from gshardx.layers.routing.choice import check_groups
 from gshardx.layers.shared import Beside, nothing
 from gshardx.models.options import Options, check_options
@@ -79,13 +80,14 @@ def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
 def build_router(config: ModelConfig, rngs: nnx.Rngs) -> Router:
     """Raises BadInput for options that the router does not have."""
     moe = config.moe
-    made = ROUTERS[moe.router]
+    made: Any = ROUTERS[moe.router]
     options = check_router_options(moe)
     losses = dict(made.LOSSES) | {name: _loss(name, moe) for name in moe.losses if name not in made.LOSSES}
     common: dict[str, Any] = {"capacity": Capacity(moe.capacity_factor), "losses": losses, "rngs": rngs}
     if "top_k" in inspect.signature(made.__init__).parameters:
         common["top_k"] = moe.top_k
-    return made(width=config.width, num_experts=moe.num_experts, **common, **options)
+    router: Router = made(width=config.width, num_experts=moe.num_experts, **common, **options)
+    return router
 
 
 def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
@@ -97,7 +99,7 @@ def router_options(name: str) -> Options:
     """What ``model.moe.router_options`` may hold for the router ``name``."""
     options: dict[str, inspect.Parameter] = {}
     for kind in reversed(ROUTERS[name].__mro__):
-        if issubclass(kind, LinearRouter):
+        if issubclass(kind, RouterBase):
             options |= inspect.signature(kind.__init__).parameters
     return {option: parameter for option, parameter in options.items() if option not in _FROM_CONFIG}
 

@@ -186,6 +186,7 @@ ROUTER_CONFIGS = {
     "sigmoid_bias": {"router": "sigmoid_bias"},
     "noisy_top_k": {"router": "noisy_top_k"},
     "skywork": {"router": "skywork"},
+    "hash": {"router": "hash"},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
 }
 

@@ -9,16 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gshardx.layers.balance import (
-    BalanceLoss,
-    CommunicationLoss,
-    DeviceLoss,
-    Gating,
-    ImportanceLoss,
-    LoadLoss,
-    ZLoss,
-    cv_squared,
-)
+from gshardx.layers.balance import BalanceLoss, Gating, ZLoss
+from gshardx.layers.losses import CommunicationLoss, DeviceLoss, ImportanceLoss, LoadLoss, cv_squared
 
 G, S, E = 3, 16, 8
 BALANCE = [BalanceLoss(choices, over) for choices in ("first", "all") for over in ("group", "batch")]

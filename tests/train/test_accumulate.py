@@ -36,6 +36,7 @@ CASES = {
         "capacity_factor": 1.0,
         "router_options": {"most": 3, "smoothness": 0.1, "iterations": 20},
     },
+    "hash": {"router": "hash"},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{

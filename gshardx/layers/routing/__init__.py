@@ -1,10 +1,11 @@
 """Who goes where: a router turns tokens into a Routing. One file a family."""
 
 from gshardx.layers.routing.choice import Capacity, Priority
+from gshardx.layers.routing.common import RouterBase
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.expert_choice import ExpertChoiceRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
-from gshardx.layers.routing.linear import LinearRouter
+from gshardx.layers.routing.hash import HashRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
@@ -13,7 +14,7 @@ from gshardx.layers.routing.statistics import RouterStats
 from gshardx.layers.routing.switch import SwitchRouter
 from gshardx.layers.routing.top_k import TopKRouter
 
-ROUTERS: dict[str, type[LinearRouter]] = {
+ROUTERS: dict[str, type[RouterBase]] = {
     "gshard": GShardRouter,
     "switch": SwitchRouter,
     "top_k": TopKRouter,
@@ -22,6 +23,7 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "noisy_top_k": NoisyTopKRouter,
     "skywork": SkyworkRouter,
     "expert_choice": ExpertChoiceRouter,
+    "hash": HashRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -29,12 +31,13 @@ __all__ = [
     "Capacity",
     "ExpertChoiceRouter",
     "GShardRouter",
-    "LinearRouter",
+    "HashRouter",
     "Losses",
     "NoisyTopKRouter",
     "Priority",
     "ROUTERS",
     "Router",
+    "RouterBase",
     "RouterState",
     "RouterStats",
     "Routing",

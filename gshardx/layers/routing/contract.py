@@ -62,6 +62,8 @@ class Router(Protocol):
 
     def initial_state(self) -> RouterState: ...
 
+    def reading(self, ids: Int[Array, "g s"]) -> "Router": ...  # for tokens with these ids
+
     def __call__(
         self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState
     ) -> Routing: ...

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from gshardx.layers.balance import Gating, ImportanceLoss, Sums
+from gshardx.layers.balance import Gating, Sums
 from gshardx.layers.draws import draw
+from gshardx.layers.losses import ImportanceLoss
 from gshardx.layers.param import param
 from gshardx.layers.routing.choice import take, top_k
 from gshardx.layers.routing.contract import RouterState, Routing

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 
 from gshardx.config import ModelConfig, MoEConfig
 from gshardx.errors import BadInput
-from gshardx.layers.balance import ImportanceLoss
 from gshardx.layers.draws import draw
+from gshardx.layers.losses import ImportanceLoss
 from gshardx.layers.routing import Capacity, NoisyTopKRouter
 from gshardx.models.decoder import check_model
 from tests.layers.routing.cases import DRAWN, G, capacity_of, check, compiled, data
