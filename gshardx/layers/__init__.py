@@ -18,6 +18,7 @@ from gshardx.layers.pools import FullPages, Int8Pages, LatentPages, Pool, abstra
 from gshardx.layers.reach import Reach
 from gshardx.layers.rope import Rope
 from gshardx.layers.routing import (
+    BaseRouter,
     Capacity,
     GShardRouter,
     Losses,
@@ -37,6 +38,7 @@ from gshardx.layers.shared import GatedShared, Residual, Shared
 __all__ = [
     "Attention",
     "Auto",
+    "BaseRouter",
     "Block",
     "Capacity",
     "Dense",

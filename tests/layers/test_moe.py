@@ -12,6 +12,7 @@ from flax import nnx
 
 from gshardx.errors import BadInput
 from gshardx.layers import (
+    BaseRouter,
     Capacity,
     Einsum,
     Experts,
@@ -43,6 +44,7 @@ ROUTERS = {
     "sigmoid_bias": partial(SigmoidBiasRouter, M, E, K, groups=4, groups_kept=2, weigh="input", capacity=DROPLESS),
     "noisy_top_k": partial(NoisyTopKRouter, M, E, K, capacity=TIGHT),
     "skywork": partial(SkyworkRouter, M, E, K, capacity=TIGHT),
+    "base": partial(BaseRouter, M, E, capacity=Capacity(0.5)),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
 }
 DISPATCHERS = [Einsum(), Gather(), Ragged("padded")]

@@ -1,5 +1,6 @@
 """Who goes where: a router turns tokens into a Routing. One file a family."""
 
+from gshardx.layers.routing.base import BaseRouter
 from gshardx.layers.routing.choice import Capacity, Priority
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
@@ -20,10 +21,12 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "sparse_mixer": SparseMixerRouter,
     "noisy_top_k": NoisyTopKRouter,
     "skywork": SkyworkRouter,
+    "base": BaseRouter,
 }
 """By the name in ``model.moe.router``."""
 
 __all__ = [
+    "BaseRouter",
     "Capacity",
     "GShardRouter",
     "LinearRouter",
