@@ -19,6 +19,7 @@ RouterName = Literal[
     "noisy_top_k",
     "skywork",
     "base",
+    "sinkhorn",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -186,6 +186,7 @@ ROUTER_CONFIGS = {
     "noisy_top_k": {"router": "noisy_top_k"},
     "skywork": {"router": "skywork"},
     "base": {"router": "base", "top_k": 1},
+    "sinkhorn": {"router": "sinkhorn"},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
 }
 

@@ -26,6 +26,7 @@ from gshardx.layers import (
     Residual,
     Shared,
     SigmoidBiasRouter,
+    SinkhornRouter,
     SkyworkRouter,
     SparseMixerRouter,
     SwitchRouter,
@@ -45,6 +46,7 @@ ROUTERS = {
     "noisy_top_k": partial(NoisyTopKRouter, M, E, K, capacity=TIGHT),
     "skywork": partial(SkyworkRouter, M, E, K, capacity=TIGHT),
     "base": partial(BaseRouter, M, E, capacity=Capacity(0.5)),
+    "sinkhorn": partial(SinkhornRouter, M, E, K, capacity=TIGHT),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
 }
 DISPATCHERS = [Einsum(), Gather(), Ragged("padded")]

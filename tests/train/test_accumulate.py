@@ -31,6 +31,7 @@ CASES = {
     "noisy_top_k": {"router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}},
     "skywork": {"router": "skywork"},
     "base": {"router": "base", "top_k": 1},
+    "sinkhorn": {"router": "sinkhorn"},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{

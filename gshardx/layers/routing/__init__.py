@@ -7,6 +7,7 @@ from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.linear import LinearRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
+from gshardx.layers.routing.sinkhorn import SinkhornRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
 from gshardx.layers.routing.statistics import RouterStats
@@ -22,6 +23,7 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "noisy_top_k": NoisyTopKRouter,
     "skywork": SkyworkRouter,
     "base": BaseRouter,
+    "sinkhorn": SinkhornRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -40,6 +42,7 @@ __all__ = [
     "Routing",
     "SecondExpert",
     "SigmoidBiasRouter",
+    "SinkhornRouter",
     "SkyworkRouter",
     "SparseMixerRouter",
     "SwitchRouter",

@@ -11,6 +11,7 @@ from gshardx.layers.routing import (
     GShardRouter,
     NoisyTopKRouter,
     SigmoidBiasRouter,
+    SinkhornRouter,
     SkyworkRouter,
     SparseMixerRouter,
     SwitchRouter,
@@ -31,6 +32,7 @@ ROUTERS = {
     "noisy_top_k, drawn": (NoisyTopKRouter, (E, 2), {}, ()),
     "skywork": (SkyworkRouter, (E, 2), {"spread": 2.0}, ()),
     "base": (BaseRouter, (E,), {}, ()),
+    "sinkhorn": (SinkhornRouter, (E, 2), {"iterations": 10}, ()),
     "sparse_mixer": (SparseMixerRouter, (E, 2), {"jitter": 0.0}, ()),
     "sparse_mixer, drawn": (SparseMixerRouter, (E, 3), {"jitter": 0.5}, ()),
 }
