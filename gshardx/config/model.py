@@ -20,6 +20,8 @@ RouterName = Literal[
     "skywork",
     "expert_choice",
     "hash",
+    "base",
+    "sinkhorn",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -18,6 +18,7 @@ from gshardx.layers.pools import FullPages, Int8Pages, LatentPages, Pool, abstra
 from gshardx.layers.reach import Reach
 from gshardx.layers.rope import Rope
 from gshardx.layers.routing import (
+    BaseRouter,
     Capacity,
     ExpertChoiceRouter,
     GShardRouter,
@@ -29,6 +30,7 @@ from gshardx.layers.routing import (
     RouterStats,
     Routing,
     SigmoidBiasRouter,
+    SinkhornRouter,
     SkyworkRouter,
     SparseMixerRouter,
     SwitchRouter,
@@ -39,6 +41,7 @@ from gshardx.layers.shared import GatedShared, Residual, Shared
 __all__ = [
     "Attention",
     "Auto",
+    "BaseRouter",
     "Block",
     "Capacity",
     "Dense",
@@ -81,6 +84,7 @@ __all__ = [
     "Routing",
     "Shared",
     "SigmoidBiasRouter",
+    "SinkhornRouter",
     "SkyworkRouter",
     "SparseMixerRouter",
     "Stack",

@@ -111,8 +111,10 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
         BadInput: otherwise, with the nearest name or the values that would do.
     """
     known = router_options(moe.router)
-    if moe.router == "switch" and moe.top_k != 1:
-        raise BadInput(f"model.moe.router = switch chooses one expert, but model.moe.top_k = {moe.top_k}; use top_k 1")
+    if moe.router in ("switch", "base") and moe.top_k != 1:
+        raise BadInput(
+            f"model.moe.router = {moe.router} chooses one expert, but model.moe.top_k = {moe.top_k}; use top_k 1"
+        )
     options = check_options("model.moe.router_options", moe.router_options, known, f"router {moe.router!r}")
     groups, kept = (int(moe.router_options.get(name, 1)) for name in ("groups", "groups_kept"))
     try:

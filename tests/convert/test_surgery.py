@@ -146,6 +146,8 @@ def routed(**changes):
             "groups = 2 must stay together, 4 experts each",
         ),
         (lambda: duplicated(routed(router="switch", top_k=1), 2), "copies of an expert would not add up"),
+        (lambda: duplicated(routed(router="base", top_k=1), 2), "copies of an expert would not add up"),
+        (lambda: duplicated(routed(router="sinkhorn", top_k=1), 2), "copies of an expert would not add up"),
         (lambda: duplicated(routed(router="sparse_mixer"), 2), "copies of an expert would not add up"),
         (lambda: duplicated(routed(router="sigmoid_bias", router_options={"groups": 2}), 2), "not for sigmoid_bias"),
         (

@@ -187,6 +187,8 @@ ROUTER_CONFIGS = {
     "noisy_top_k": {"router": "noisy_top_k"},
     "skywork": {"router": "skywork"},
     "hash": {"router": "hash"},
+    "base": {"router": "base", "top_k": 1},
+    "sinkhorn": {"router": "sinkhorn"},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
 }
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from gshardx.errors import BadInput
 from gshardx.layers import (
+    BaseRouter,
     Capacity,
     Einsum,
     ExpertChoiceRouter,
@@ -27,6 +28,7 @@ from gshardx.layers import (
     Residual,
     Shared,
     SigmoidBiasRouter,
+    SinkhornRouter,
     SkyworkRouter,
     SparseMixerRouter,
     SwitchRouter,
@@ -48,6 +50,8 @@ ROUTERS = {
     "skywork": partial(SkyworkRouter, M, E, K, capacity=TIGHT),
     "expert_choice": partial(ExpertChoiceRouter, M, E, K),
     "hash": partial(HashRouter, M, E, K, capacity=TIGHT),
+    "base": partial(BaseRouter, M, E, capacity=Capacity(0.5)),
+    "sinkhorn": partial(SinkhornRouter, M, E, K, capacity=TIGHT),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
 }
 DISPATCHERS = [Einsum(), Gather(), Ragged("padded")]

@@ -37,6 +37,8 @@ CASES = {
         "router_options": {"most": 3, "smoothness": 0.1, "iterations": 20},
     },
     "hash": {"router": "hash"},
+    "base": {"router": "base", "top_k": 1},
+    "sinkhorn": {"router": "sinkhorn"},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{

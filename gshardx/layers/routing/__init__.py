@@ -1,5 +1,6 @@
 """Who goes where: a router turns tokens into a Routing. One file a family."""
 
+from gshardx.layers.routing.base import BaseRouter
 from gshardx.layers.routing.choice import Capacity, Priority
 from gshardx.layers.routing.common import RouterBase
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
@@ -8,6 +9,7 @@ from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.hash import HashRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
+from gshardx.layers.routing.sinkhorn import SinkhornRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
 from gshardx.layers.routing.statistics import RouterStats
@@ -24,10 +26,13 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "skywork": SkyworkRouter,
     "expert_choice": ExpertChoiceRouter,
     "hash": HashRouter,
+    "base": BaseRouter,
+    "sinkhorn": SinkhornRouter,
 }
 """By the name in ``model.moe.router``."""
 
 __all__ = [
+    "BaseRouter",
     "Capacity",
     "ExpertChoiceRouter",
     "GShardRouter",
@@ -43,6 +48,7 @@ __all__ = [
     "Routing",
     "SecondExpert",
     "SigmoidBiasRouter",
+    "SinkhornRouter",
     "SkyworkRouter",
     "SparseMixerRouter",
     "SwitchRouter",
