@@ -363,3 +363,15 @@ def test_a_pair_that_does_not_exist_is_bad_input(scaling_ops, monkeypatch, text)
     assert scaling_ops.pair("12l_128e:8,32") == ("gshard/12l_128e", (8, 32))
     with pytest.raises(argparse.ArgumentTypeError, match=r"CONFIG:CHIPS,CHIPS|no config 12l_129e; there are 12l_128e"):
         scaling_ops.pair(text)
+
+
+@pytest.mark.sweep
+def test_the_imbalance_suite():
+    printed = output("imbalance.py", "--small", "--part", "routers", "--routers", "switch", "base")
+    cells = {line.split("|")[1].strip(): line.split("|")[2:] for line in printed.splitlines() if line.startswith("|")}
+    assert [cell.strip() for cell in cells["base"][:6]] == ["0%, 1.0"] * 6
+    drops = dict(zip(cells["router"], (cell.split("%")[0].strip() for cell in cells["switch"]), strict=False))
+    assert int(drops[" hot expert "]) > 80 > int(drops[" burst "]) > int(drops[" even "])
+    printed = output("imbalance.py", "--small", "--part", "dispatcher", "--dispatcher", "gather", "--rounds", "1")
+    assert printed.count("| gather |") == 6
+    assert "measures nothing" in printed
