@@ -20,6 +20,7 @@ RouterName = Literal[
     "skywork",
     "base",
     "sinkhorn",
+    "quantile",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -187,6 +187,7 @@ ROUTER_CONFIGS = {
     "skywork": {"router": "skywork"},
     "base": {"router": "base", "top_k": 1},
     "sinkhorn": {"router": "sinkhorn"},
+    "quantile": {"router": "quantile"},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
 }
 

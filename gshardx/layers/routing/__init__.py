@@ -6,6 +6,7 @@ from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.linear import LinearRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
+from gshardx.layers.routing.quantile import QuantileRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.sinkhorn import SinkhornRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
@@ -24,6 +25,7 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "skywork": SkyworkRouter,
     "base": BaseRouter,
     "sinkhorn": SinkhornRouter,
+    "quantile": QuantileRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -35,6 +37,7 @@ __all__ = [
     "Losses",
     "NoisyTopKRouter",
     "Priority",
+    "QuantileRouter",
     "ROUTERS",
     "Router",
     "RouterState",
