@@ -22,6 +22,7 @@ RouterName = Literal[
     "hash",
     "base",
     "sinkhorn",
+    "quantile",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -73,7 +73,7 @@ class Given:
         return get(self.saved.folder / self.item, f"{spot.block}.{rest}", at)
 
     def state(self, number: str) -> np.ndarray:
-        """A leaf of the routers' state, ``[moe_layer, e]``."""
+        """A leaf of the routers' state, ``[moe_layer, e]``, or ``[moe_layer]``."""
         return get(self.saved.folder / _STATE, number, ())
 
 

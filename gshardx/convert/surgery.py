@@ -62,7 +62,7 @@ def duplicated(model: ModelConfig, copies: int) -> tuple[ModelConfig, Change]:
         BadInput: the router would weigh the copies otherwise.
     """
     moe, options = model.moe, dict(model.moe.router_options)
-    sigmoid = moe.router == "sigmoid_bias"
+    sigmoid = moe.router == "sigmoid_bias" or (moe.router == "quantile" and options.get("score") != "softmax")
     if moe.router in ("switch", "sparse_mixer", "base", "sinkhorn") or options.get("weigh") == "input":
         raise BadInput(f"model.moe.router = {moe.router}: copies of an expert would not add up to it; use top_k")
     if sigmoid and options.get("groups", 1) > 1:
@@ -165,7 +165,8 @@ class Changed:
         """The routers' state."""
         arrays = [name.partition("/")[2] for name in self.given.saved.manifest.arrays if name.startswith("router/")]
         columns = np.stack([self.changes[layer].columns for layer in sorted(self.changes)])
-        return {name: np.take_along_axis(self.given.state(name), columns, axis=1) for name in arrays} or None
+        leaves = {name: self.given.state(name) for name in arrays}
+        return {name: np.take_along_axis(x, columns, axis=1) if x.ndim > 1 else x for name, x in leaves.items()} or None
 
     def _expert(self, layer: int, rest: str, expert: int) -> np.ndarray:
         mix, columns = self.changes[layer]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +14,18 @@ from gshardx.convert.__main__ import main
 from gshardx.convert.calibrate import Batch, compare, counts_on, forward_of
 from gshardx.convert.incoming import convert_in
 from gshardx.convert.rewrite import open_run, write_run
-from gshardx.convert.surgery import duplicated, fewer, likeness_of, matched, merged, most_chosen, of_matched, permuted
+from gshardx.convert.surgery import (
+    Changed,
+    duplicated,
+    fewer,
+    likeness_of,
+    matched,
+    merged,
+    most_chosen,
+    of_matched,
+    permuted,
+    taken,
+)
 from gshardx.errors import BadInput
 from gshardx.infer.load import load_run
 from gshardx.sharding import MeshConfig
@@ -71,6 +83,16 @@ def test_state_of_routers_follows(tmp_path):
     np.testing.assert_array_equal(found, np.repeat(state["0"][:, [3, 1, 0, 2]], 2, axis=1))
     assert compare(tmp_path / "biased", tmp_path / "two", TEXT).difference < 1e-5
     assert compare(tmp_path / "run", tmp_path / "two", TEXT).difference > 1e-3
+
+
+def test_a_state_that_is_not_of_experts_stays():
+    """Router quantile counts tokens."""
+    arrays = {"0": np.arange(8.0).reshape(2, 4), "1": np.array([3.0, 5.0])}
+    manifest = SimpleNamespace(arrays={f"router/{name}": None for name in arrays})
+    given = SimpleNamespace(saved=SimpleNamespace(manifest=manifest), dtypes={}, state=arrays.get)
+    found = Changed(given, {1: taken([3, 0], 4), 4: taken([1, 1], 4)}).state()
+    np.testing.assert_array_equal(found["0"], [[3, 0], [5, 5]])
+    np.testing.assert_array_equal(found["1"], [3, 5])
 
 
 @pytest.mark.slow

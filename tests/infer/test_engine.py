@@ -189,6 +189,7 @@ ROUTER_CONFIGS = {
     "hash": {"router": "hash"},
     "base": {"router": "base", "top_k": 1},
     "sinkhorn": {"router": "sinkhorn"},
+    "quantile": {"router": "quantile"},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
 }
 

@@ -24,6 +24,7 @@ from gshardx.layers import (
     HashRouter,
     MoE,
     NoisyTopKRouter,
+    QuantileRouter,
     Ragged,
     Residual,
     Shared,
@@ -52,6 +53,7 @@ ROUTERS = {
     "hash": partial(HashRouter, M, E, K, capacity=TIGHT),
     "base": partial(BaseRouter, M, E, capacity=Capacity(0.5)),
     "sinkhorn": partial(SinkhornRouter, M, E, K, capacity=TIGHT),
+    "quantile": partial(QuantileRouter, M, E, K, capacity=TIGHT),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
 }
 DISPATCHERS = [Einsum(), Gather(), Ragged("padded")]

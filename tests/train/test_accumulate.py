@@ -39,6 +39,7 @@ CASES = {
     "hash": {"router": "hash"},
     "base": {"router": "base", "top_k": 1},
     "sinkhorn": {"router": "sinkhorn"},
+    "quantile": {"router": "quantile"},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{

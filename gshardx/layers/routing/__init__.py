@@ -8,6 +8,7 @@ from gshardx.layers.routing.expert_choice import ExpertChoiceRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.hash import HashRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
+from gshardx.layers.routing.quantile import QuantileRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.sinkhorn import SinkhornRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
@@ -28,6 +29,7 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "hash": HashRouter,
     "base": BaseRouter,
     "sinkhorn": SinkhornRouter,
+    "quantile": QuantileRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -40,6 +42,7 @@ __all__ = [
     "Losses",
     "NoisyTopKRouter",
     "Priority",
+    "QuantileRouter",
     "ROUTERS",
     "Router",
     "RouterBase",

@@ -10,6 +10,7 @@ from gshardx.layers.routing import (
     Capacity,
     GShardRouter,
     NoisyTopKRouter,
+    QuantileRouter,
     SigmoidBiasRouter,
     SinkhornRouter,
     SkyworkRouter,
@@ -17,12 +18,14 @@ from gshardx.layers.routing import (
     SwitchRouter,
     TopKRouter,
 )
+from gshardx.layers.routing.quantile import QuantileState
 from gshardx.layers.routing.sigmoid_bias import BiasState
 from tests.layers.routing.cases import compiled, data
 
 E, S = 8, 16
 FIXED = Capacity(0.0, minimum=2)
 BIAS = BiasState(jnp.linspace(-0.2, 0.2, E), jnp.zeros(E))
+QUANTILE = QuantileState(jnp.linspace(-0.2, 0.2, E), jnp.zeros(E), jnp.zeros(()))
 ROUTERS = {
     "gshard": (GShardRouter, (E, 2), {}, ()),
     "gshard after": (GShardRouter, (E, 2), {"normalise": "after", "priority": "gate"}, ()),
@@ -33,6 +36,7 @@ ROUTERS = {
     "skywork": (SkyworkRouter, (E, 2), {"spread": 2.0}, ()),
     "base": (BaseRouter, (E,), {}, ()),
     "sinkhorn": (SinkhornRouter, (E, 2), {"iterations": 10}, ()),
+    "quantile": (QuantileRouter, (E, 2), {"choose_by": "sigmoid"}, (QUANTILE,)),
     "sparse_mixer": (SparseMixerRouter, (E, 2), {"jitter": 0.0}, ()),
     "sparse_mixer, drawn": (SparseMixerRouter, (E, 3), {"jitter": 0.5}, ()),
 }
