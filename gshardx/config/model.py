@@ -18,6 +18,7 @@ RouterName = Literal[
     "sparse_mixer",
     "noisy_top_k",
     "skywork",
+    "cosine",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

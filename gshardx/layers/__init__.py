@@ -19,6 +19,7 @@ from gshardx.layers.reach import Reach
 from gshardx.layers.rope import Rope
 from gshardx.layers.routing import (
     Capacity,
+    CosineRouter,
     GShardRouter,
     Losses,
     NoisyTopKRouter,
@@ -39,6 +40,7 @@ __all__ = [
     "Auto",
     "Block",
     "Capacity",
+    "CosineRouter",
     "Dense",
     "Dispatcher",
     "Einsum",

@@ -154,6 +154,10 @@ def routed(**changes):
         ),
         (lambda: fewer(MODEL, 8), "--keep 8: must be below"),
         (lambda: fewer(routed(router_options={"groups": 2}), 4), "can't become fewer"),
+        *(
+            (lambda change=change: change(routed(router="cosine")), "more than a column for each expert.* use a run")
+            for change in (lambda m: permuted(range(8), m), lambda m: duplicated(m, 2), lambda m: fewer(m, 4))
+        ),
     ],
 )
 def test_what_can_not_be_is_one_line(change, said):

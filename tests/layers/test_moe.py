@@ -13,6 +13,7 @@ from flax import nnx
 from gshardx.errors import BadInput
 from gshardx.layers import (
     Capacity,
+    CosineRouter,
     Einsum,
     Experts,
     FeedForward,
@@ -42,6 +43,7 @@ ROUTERS = {
     "top_k": partial(TopKRouter, M, E, 3, groups=4, groups_kept=2, bias=True, capacity=TIGHT, priority="gate"),
     "sigmoid_bias": partial(SigmoidBiasRouter, M, E, K, groups=4, groups_kept=2, weigh="input", capacity=DROPLESS),
     "noisy_top_k": partial(NoisyTopKRouter, M, E, K, capacity=TIGHT),
+    "cosine": partial(CosineRouter, M, E, K, projection=M, capacity=TIGHT),
     "skywork": partial(SkyworkRouter, M, E, K, capacity=TIGHT),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
 }

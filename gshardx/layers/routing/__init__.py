@@ -2,6 +2,7 @@
 
 from gshardx.layers.routing.choice import Capacity, Priority
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
+from gshardx.layers.routing.cosine import CosineRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.linear import LinearRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
@@ -20,11 +21,13 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "sparse_mixer": SparseMixerRouter,
     "noisy_top_k": NoisyTopKRouter,
     "skywork": SkyworkRouter,
+    "cosine": CosineRouter,
 }
 """By the name in ``model.moe.router``."""
 
 __all__ = [
     "Capacity",
+    "CosineRouter",
     "GShardRouter",
     "LinearRouter",
     "Losses",

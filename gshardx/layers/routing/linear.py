@@ -1,6 +1,7 @@
 """What routers with a linear gate share: the gate, its losses, and the way from chosen experts to a Routing."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,8 @@ class LinearRouter(nnx.Module):
         self.losses = tuple((self.LOSSES if losses is None else losses).items())
 
     @classmethod
-    def matrices(cls, width: int, num_experts: int) -> list[tuple[int, int]]:
-        """The shapes of its matrices; each is multiplied with every token once."""
+    def matrices(cls, width: int, num_experts: int, **options: Any) -> list[tuple[int, int]]:
+        """The shapes of its matrices, which may hang on its options; each is multiplied with every token once."""
         return [(width, num_experts)]
 
     def initial_state(self) -> RouterState:
@@ -68,7 +69,7 @@ class LinearRouter(nnx.Module):
         logits = self.product(tokens, self.kernel)
         return logits if self.bias is None else logits + self.bias[...]
 
-    def product(self, tokens: Float[Array, "g s m"], kernel: nnx.Param[Array]) -> Float[Array, "g s e"]:
+    def product(self, tokens: Float[Array, "g s m"], kernel: nnx.Param[Array] | Array) -> Float[Array, "g s e"]:
         """Of tokens with a matrix ``[m, e]``; fp32."""
         # Whole: on an fsdp x tensor mesh the partitioner would otherwise split it over ``tensor`` and move it twice.
         whole = shard(kernel[...], "model router")

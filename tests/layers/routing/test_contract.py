@@ -7,6 +7,7 @@ import pytest
 
 from gshardx.layers.routing import (
     Capacity,
+    CosineRouter,
     GShardRouter,
     NoisyTopKRouter,
     SigmoidBiasRouter,
@@ -16,7 +17,7 @@ from gshardx.layers.routing import (
     TopKRouter,
 )
 from gshardx.layers.routing.sigmoid_bias import BiasState
-from tests.layers.routing.cases import compiled, data
+from tests.layers.routing.cases import M, compiled, data
 
 E, S = 8, 16
 FIXED = Capacity(0.0, minimum=2)
@@ -28,6 +29,7 @@ ROUTERS = {
     "top_k": (TopKRouter, (E, 3), {"groups": 4, "groups_kept": 2, "renormalise": False}, ()),
     "sigmoid_bias": (SigmoidBiasRouter, (E, 2), {"scale": 2.5}, (BIAS,)),
     "noisy_top_k, drawn": (NoisyTopKRouter, (E, 2), {}, ()),
+    "cosine": (CosineRouter, (E, 2), {"projection": M}, ()),
     "skywork": (SkyworkRouter, (E, 2), {"spread": 2.0}, ()),
     "sparse_mixer": (SparseMixerRouter, (E, 2), {"jitter": 0.0}, ()),
     "sparse_mixer, drawn": (SparseMixerRouter, (E, 3), {"jitter": 0.5}, ()),
