@@ -19,6 +19,7 @@ RouterName = Literal[
     "noisy_top_k",
     "skywork",
     "cosine",
+    "adamoe",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

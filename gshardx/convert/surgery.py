@@ -25,7 +25,7 @@ from gshardx.convert.rewrite import EXPERTS, ROUTER, Given, Part
 from gshardx.convert.rules import spot_of
 from gshardx.errors import BadInput
 
-_OTHERWISE = ("cosine",)
+_OTHERWISE = ("cosine", "adamoe")
 """Routers that have more than a column and a bias for each expert."""
 
 

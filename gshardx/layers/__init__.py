@@ -18,6 +18,7 @@ from gshardx.layers.pools import FullPages, Int8Pages, LatentPages, Pool, abstra
 from gshardx.layers.reach import Reach
 from gshardx.layers.rope import Rope
 from gshardx.layers.routing import (
+    AdaMoERouter,
     Capacity,
     CosineRouter,
     GShardRouter,
@@ -39,6 +40,7 @@ __all__ = [
     "Attention",
     "Auto",
     "Block",
+    "AdaMoERouter",
     "Capacity",
     "CosineRouter",
     "Dense",

@@ -184,6 +184,7 @@ ROUTER_CONFIGS = {
     "top_k in groups": {"router": "top_k", "router_options": {"groups": 4, "groups_kept": 2}},
     "sigmoid_bias": {"router": "sigmoid_bias"},
     "noisy_top_k": {"router": "noisy_top_k"},
+    "adamoe": {"router": "adamoe"},
     "cosine": {"router": "cosine"},
     "skywork": {"router": "skywork"},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},

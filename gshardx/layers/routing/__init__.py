@@ -1,5 +1,6 @@
 """Who goes where: a router turns tokens into a Routing. One file a family."""
 
+from gshardx.layers.routing.adamoe import AdaMoERouter
 from gshardx.layers.routing.choice import Capacity, Priority
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.cosine import CosineRouter
@@ -22,10 +23,12 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "noisy_top_k": NoisyTopKRouter,
     "skywork": SkyworkRouter,
     "cosine": CosineRouter,
+    "adamoe": AdaMoERouter,
 }
 """By the name in ``model.moe.router``."""
 
 __all__ = [
+    "AdaMoERouter",
     "Capacity",
     "CosineRouter",
     "GShardRouter",
