@@ -23,6 +23,8 @@ RouterName = Literal[
     "base",
     "sinkhorn",
     "quantile",
+    "cosine",
+    "adamoe",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

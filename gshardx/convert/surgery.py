@@ -25,6 +25,9 @@ from gshardx.convert.rewrite import EXPERTS, ROUTER, Given, Part
 from gshardx.convert.rules import spot_of
 from gshardx.errors import BadInput
 
+_OTHERWISE = ("cosine", "adamoe", "hash")
+"""Routers that do not just have a column and a bias for each expert."""
+
 
 class Change(NamedTuple):
     """Of one layer. mix: weights of old experts in new ones; columns: the old expert whose router column each new one
@@ -40,12 +43,22 @@ def taken(experts: Sequence[int], count: int) -> Change:
     return Change(np.eye(count)[columns], columns)
 
 
+def _check_router(model: ModelConfig) -> None:
+    """Raise BadInput unless the router's parameters can follow the experts."""
+    if model.moe.router in _OTHERWISE:
+        raise BadInput(
+            f"model.moe.router = {model.moe.router}: does not have just a column for each expert, so its experts can't be "
+            "changed; use a run whose router is top_k"
+        )
+
+
 def permuted(order: Sequence[int], model: ModelConfig) -> Change:
     """New expert i is old expert ``order[i]``.
 
     Raises:
-        BadInput: not each number once, or the router's groups would be mixed.
+        BadInput: not each number once, the router's groups would be mixed, or the router can't follow.
     """
+    _check_router(model)
     count, groups = model.moe.num_experts, int(model.moe.router_options.get("groups", 1))
     if sorted(order) != list(range(count)):
         raise BadInput(f"--order {','.join(map(str, order))}: must have each of 0 ... {count - 1} once")
@@ -59,8 +72,9 @@ def duplicated(model: ModelConfig, copies: int) -> tuple[ModelConfig, Change]:
     """``copies`` of each expert, and as many times the choices.
 
     Raises:
-        BadInput: the router would weigh the copies otherwise.
+        BadInput: the router would weigh the copies otherwise, or can't follow.
     """
+    _check_router(model)
     moe, options = model.moe, dict(model.moe.router_options)
     sigmoid = moe.router == "sigmoid_bias" or (moe.router == "quantile" and options.get("score") != "softmax")
     if moe.router in ("switch", "sparse_mixer", "base", "sinkhorn") or options.get("weigh") == "input":
@@ -78,8 +92,10 @@ def fewer(model: ModelConfig, keep: int) -> ModelConfig:
     """The config with ``keep`` experts.
 
     Raises:
-        BadInput: as many or fewer there already, fewer than a token chooses, or a router with groups.
+        BadInput: as many or fewer there already, fewer than a token chooses, or a router with groups or that can't
+            follow.
     """
+    _check_router(model)
     moe = model.moe
     if not moe.top_k <= keep < moe.num_experts:
         raise BadInput(

@@ -18,8 +18,10 @@ from gshardx.layers.pools import FullPages, Int8Pages, LatentPages, Pool, abstra
 from gshardx.layers.reach import Reach
 from gshardx.layers.rope import Rope
 from gshardx.layers.routing import (
+    AdaMoERouter,
     BaseRouter,
     Capacity,
+    CosineRouter,
     ExpertChoiceRouter,
     GShardRouter,
     HashRouter,
@@ -44,7 +46,9 @@ __all__ = [
     "Auto",
     "BaseRouter",
     "Block",
+    "AdaMoERouter",
     "Capacity",
+    "CosineRouter",
     "Dense",
     "Dispatcher",
     "Einsum",

@@ -92,7 +92,8 @@ def build_router(config: ModelConfig, rngs: nnx.Rngs) -> Router:
 
 def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
     """The sides of each matrix of a router, the tokens' first."""
-    return ROUTERS[config.moe.router].matrices(config.width, config.moe.num_experts)
+    moe = config.moe
+    return ROUTERS[moe.router].matrices(config.width, moe.num_experts, **moe.router_options)
 
 
 def router_options(name: str) -> Options:

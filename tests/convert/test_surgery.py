@@ -178,6 +178,14 @@ def routed(**changes):
         ),
         (lambda: fewer(MODEL, 8), "--keep 8: must be below"),
         (lambda: fewer(routed(router_options={"groups": 2}), 4), "can't become fewer"),
+        *(
+            (
+                lambda of=of, change=change: change(routed(router=of)),
+                "not have just a column for each expert.* use a run",
+            )
+            for of in ("cosine", "adamoe")
+            for change in (lambda m: permuted(range(8), m), lambda m: duplicated(m, 2), lambda m: fewer(m, 4))
+        ),
     ],
 )
 def test_what_can_not_be_is_one_line(change, said):

@@ -12,8 +12,10 @@ from flax import nnx
 
 from gshardx.errors import BadInput
 from gshardx.layers import (
+    AdaMoERouter,
     BaseRouter,
     Capacity,
+    CosineRouter,
     Einsum,
     ExpertChoiceRouter,
     Experts,
@@ -48,6 +50,8 @@ ROUTERS = {
     "top_k": partial(TopKRouter, M, E, 3, groups=4, groups_kept=2, bias=True, capacity=TIGHT, priority="gate"),
     "sigmoid_bias": partial(SigmoidBiasRouter, M, E, K, groups=4, groups_kept=2, weigh="input", capacity=DROPLESS),
     "noisy_top_k": partial(NoisyTopKRouter, M, E, K, capacity=TIGHT),
+    "adamoe": partial(AdaMoERouter, M, E, 3, null_experts=4, capacity=TIGHT),
+    "cosine": partial(CosineRouter, M, E, K, projection=M, capacity=TIGHT),
     "skywork": partial(SkyworkRouter, M, E, K, capacity=TIGHT),
     "expert_choice": partial(ExpertChoiceRouter, M, E, K),
     "hash": partial(HashRouter, M, E, K, capacity=TIGHT),

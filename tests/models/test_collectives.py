@@ -138,6 +138,8 @@ def test_micro_batches_send_as_often_and_a_first_pass_once_more(mesh_config, los
         {"router": "switch", "top_k": 1, "capacity_factor": 2.5},
         {"router": "top_k", "router_options": {"groups": 4, "groups_kept": 2, "priority": "gate"}},
         {"router": "sigmoid_bias", "router_options": {"groups": 4, "groups_kept": 2}, "adaptive_balance": True},
+        {"router": "adamoe", "top_k": 4, "losses": {"balance": 0.01, "batch": 0.01}},
+        {"router": "cosine", "router_options": {"projection": 16}},
         {"router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}},
         {"router": "expert_choice"},
         {"router": "hash"},

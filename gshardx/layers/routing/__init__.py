@@ -1,9 +1,11 @@
 """Who goes where: a router turns tokens into a Routing. One file a family."""
 
+from gshardx.layers.routing.adamoe import AdaMoERouter
 from gshardx.layers.routing.base import BaseRouter
 from gshardx.layers.routing.choice import Capacity, Priority
 from gshardx.layers.routing.common import RouterBase
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
+from gshardx.layers.routing.cosine import CosineRouter
 from gshardx.layers.routing.expert_choice import ExpertChoiceRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.hash import HashRouter
@@ -30,6 +32,8 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "base": BaseRouter,
     "sinkhorn": SinkhornRouter,
     "quantile": QuantileRouter,
+    "cosine": CosineRouter,
+    "adamoe": AdaMoERouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -37,6 +41,8 @@ __all__ = [
     "BaseRouter",
     "Capacity",
     "ExpertChoiceRouter",
+    "AdaMoERouter",
+    "CosineRouter",
     "GShardRouter",
     "HashRouter",
     "Losses",

@@ -43,8 +43,8 @@ class RouterBase(nnx.Module):
         self.losses = tuple((self.LOSSES if losses is None else losses).items())
 
     @classmethod
-    def matrices(cls, width: int, num_experts: int) -> list[tuple[int, int]]:
-        """The shapes of its matrices; each is multiplied with every token once."""
+    def matrices(cls, width: int, num_experts: int, **options: Any) -> list[tuple[int, int]]:
+        """The shapes of its matrices, which may hang on its options; each is multiplied with every token once."""
         return []
 
     @property

@@ -29,6 +29,7 @@ class Routing:
     """
 
     experts: Int[Array, "g s k"]
+    """``num_experts`` and above: none (a null expert, or no wish), and never kept."""
     slots: Int[Array, "g s k"]
     """Place among the tokens of this group at this expert; below ``capacity`` wherever ``keep`` is True."""
     keep: Bool[Array, "g s k"]

@@ -28,7 +28,7 @@ class LinearRouter(RouterBase):
         self.bias = param(rngs.params(), "router", (num_experts,), jax.nn.initializers.zeros) if bias else None
 
     @classmethod
-    def matrices(cls, width: int, num_experts: int) -> list[tuple[int, int]]:
+    def matrices(cls, width: int, num_experts: int, **options: Any) -> list[tuple[int, int]]:
         return [(width, num_experts)]
 
     def logits(self, tokens: Float[Array, "g s m"]) -> Float[Array, "g s e"]:
@@ -36,7 +36,7 @@ class LinearRouter(RouterBase):
         logits = self.product(tokens, self.kernel)
         return logits if self.bias is None else logits + self.bias[...]
 
-    def product(self, tokens: Float[Array, "g s m"], kernel: nnx.Param[Array]) -> Float[Array, "g s e"]:
+    def product(self, tokens: Float[Array, "g s m"], kernel: nnx.Param[Array] | Array) -> Float[Array, "g s e"]:
         """Of tokens with a matrix ``[m, e]``; fp32."""
         # Whole: on an fsdp x tensor mesh the partitioner would otherwise split it over ``tensor`` and move it twice.
         whole = shard(kernel[...], "model router")

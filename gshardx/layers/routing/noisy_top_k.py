@@ -48,7 +48,7 @@ class NoisyTopKRouter(LinearRouter):
         self.noise = param(rngs.params(), "embed router", (width, num_experts), jax.nn.initializers.zeros)
 
     @classmethod
-    def matrices(cls, width: int, num_experts: int) -> list[tuple[int, int]]:
+    def matrices(cls, width: int, num_experts: int, **options: Any) -> list[tuple[int, int]]:
         return 2 * super().matrices(width, num_experts)
 
     def __call__(
