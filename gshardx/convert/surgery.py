@@ -26,7 +26,7 @@ from gshardx.convert.rules import spot_of
 from gshardx.errors import BadInput
 
 _OTHERWISE = ("cosine", "adamoe", "hash")
-"""Routers that do not just have a column and a bias for each expert."""
+"""Routers that do not have a column and a bias for each expert, and nothing else."""
 
 
 class Change(NamedTuple):
@@ -47,8 +47,8 @@ def _check_router(model: ModelConfig) -> None:
     """Raise BadInput unless the router's parameters can follow the experts."""
     if model.moe.router in _OTHERWISE:
         raise BadInput(
-            f"model.moe.router = {model.moe.router}: does not have just a column for each expert, so its experts can't be "
-            "changed; use a run whose router is top_k"
+            f"model.moe.router = {model.moe.router}: does not have a column for each expert alone, so its experts "
+            "can't be changed; use a run whose router is top_k"
         )
 
 
