@@ -9,7 +9,18 @@ from gshardx.config.checks import at_least_zero, divisor, positive, share
 from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig
 
-LOSSES = ("balance", "z", "first_choice", "all_choices", "batch", "device", "communication", "importance", "load")
+LOSSES = (
+    "balance",
+    "z",
+    "first_choice",
+    "all_choices",
+    "batch",
+    "device",
+    "communication",
+    "importance",
+    "load",
+    "sparsity",
+)
 RouterName = Literal[
     "gshard",
     "switch",
@@ -18,6 +29,7 @@ RouterName = Literal[
     "sparse_mixer",
     "noisy_top_k",
     "skywork",
+    "relu",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 
@@ -56,7 +68,7 @@ class MoEConfig:
     """Type in which tokens travel between devices."""
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"balance": 0.01})
     """Weights of auxiliary losses: balance (the router's own; 1.0 a layer at balance), first_choice, all_choices,
-    batch, device, communication, importance, z."""
+    batch, device, communication, importance, z, and those of one router (docs/routers)."""
     adaptive_balance: bool = False
     """Let each layer's weight of "balance" follow its drop rate (Skywork-MoE), from the one in losses towards at
     most 0.01."""

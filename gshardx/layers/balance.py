@@ -23,6 +23,7 @@ class Gating(NamedTuple):
     experts: Int[Array, "g s k"]
     valid: Bool[Array, "g s"]
     chances: Float[Array, "g s e"] | None = None  # of each expert to be chosen, where the choice is drawn
+    made: Bool[Array, "g s k"] | None = None  # choices that a token makes, where their number varies
 
 
 Sums = tuple[Float[Array, "..."], ...]
@@ -59,8 +60,7 @@ class BalanceLoss(Loss):
     over: Literal["group", "batch"] = "group"
 
     def sums(self, gating: Gating) -> Sums:
-        experts = gating.experts[..., :1] if self.choices == "first" else gating.experts
-        share, gate, tokens = _shares(gating, experts)
+        share, gate, tokens = _shares(gating, 1 if self.choices == "first" else gating.experts.shape[-1])
         if self.over == "batch":
             return share.sum(0), gate.sum(0), tokens.sum()
         return jnp.sum(evenness(share, gate, tokens) * tokens), tokens.sum()
@@ -74,7 +74,7 @@ class DeviceLoss(Loss):
     devices: int
 
     def sums(self, gating: Gating) -> Sums:
-        share, gate, tokens = (x.sum(0) for x in _shares(gating, gating.experts))
+        share, gate, tokens = (x.sum(0) for x in _shares(gating, gating.experts.shape[-1]))
         return share.reshape(self.devices, -1).sum(-1), gate.reshape(self.devices, -1).sum(-1), tokens
 
 
@@ -109,7 +109,7 @@ class ImportanceLoss(Loss):
     """Squared coefficient of variation of the experts' gates, summed over the batch (arXiv 1701.06538 eq. 6)."""
 
     def sums(self, gating: Gating) -> Sums:
-        return (_shares(gating, gating.experts)[1].sum(0),)
+        return (_shares(gating, 1)[1].sum(0),)
 
     def value(self, sums: Sums) -> Float[Array, ""]:
         return cv_squared(*sums)
@@ -139,11 +139,18 @@ def evenness(share: Float[Array, "*g e"], gate: Float[Array, "*g e"], tokens: Fl
     return share.shape[-1] * jnp.sum(share * gate, axis=-1) / jnp.maximum(tokens, 1.0) ** 2
 
 
-def _shares(
-    gating: Gating, experts: Int[Array, "g s k"]
-) -> tuple[Float[Array, "g e"], Float[Array, "g e"], Float[Array, "g"]]:
-    """Of each group: each expert's choices over k, its summed gates; and real tokens."""
+def _shares(gating: Gating, k: int) -> tuple[Float[Array, "g e"], Float[Array, "g e"], Float[Array, "g"]]:
+    """Of each group: each expert's share of the tokens' first ``k`` choices, its summed gates; and real tokens.
+
+    A token counts once, whatever the number of choices that it made.
+    """
     real = gating.valid.astype(jnp.float32)
-    number, k = jnp.arange(gating.gates.shape[-1], dtype=jnp.int32), experts.shape[-1]
-    chosen = sum(jnp.where(experts[..., rank, None] == number, real[..., None], 0.0).sum(1) for rank in range(k))
+    counts = jnp.broadcast_to(real[..., None], (*real.shape, k))
+    if gating.made is not None:
+        made = gating.made[..., :k].astype(jnp.float32)
+        counts = counts * made * (k / jnp.maximum(made.sum(-1, keepdims=True), 1.0))
+    number = jnp.arange(gating.gates.shape[-1], dtype=jnp.int32)
+    chosen = sum(
+        jnp.where(gating.experts[..., rank, None] == number, counts[..., rank, None], 0.0).sum(1) for rank in range(k)
+    )
     return jnp.asarray(chosen) / k, jnp.einsum("gse,gs->ge", gating.gates, real), real.sum(1)

@@ -34,7 +34,7 @@ def build_moe(config: ModelConfig, output_scale: float, rngs: nnx.Rngs) -> MoE:
     """The sparse layer of ``config``."""
     moe = config.moe
     return MoE(
-        build_router(config, rngs),
+        build_router(moe, config.width, rngs),
         build_dispatcher(moe),
         Experts(
             moe.num_experts,
@@ -66,26 +66,31 @@ def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
     if moe.dispatcher != "auto":
         return f"{moe.dispatcher}: model.moe.dispatcher says so"
     group = moe.group_size or sequence_length
-    slots = Capacity(moe.capacity_factor).slots(group, moe.num_experts, moe.top_k, training=True)
+    k = training_choices(moe)
+    slots = Capacity(moe.capacity_factor).slots(group, moe.num_experts, k, training=True)
     return choose_dispatcher(
         group=group,
         hidden=moe.hidden,
         num_experts=moe.num_experts,
-        top_k=moe.top_k,
+        top_k=k,
         dropless=slots == group,
     ).reason
 
 
-def build_router(config: ModelConfig, rngs: nnx.Rngs) -> Router:
+def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> Router:
     """Raises BadInput for options that the router does not have."""
-    moe = config.moe
     made = ROUTERS[moe.router]
     options = check_router_options(moe)
     losses = dict(made.LOSSES) | {name: _loss(name, moe) for name in moe.losses if name not in made.LOSSES}
     common: dict[str, Any] = {"capacity": Capacity(moe.capacity_factor), "losses": losses, "rngs": rngs}
     if "top_k" in inspect.signature(made.__init__).parameters:
         common["top_k"] = moe.top_k
-    return made(width=config.width, num_experts=moe.num_experts, **common, **options)
+    return made(width=width, num_experts=moe.num_experts, **common, **options)
+
+
+def training_choices(moe: MoEConfig) -> int:
+    """Experts that a token may choose in training: what slots and sorted rows have room for."""
+    return nnx.eval_shape(lambda: build_router(moe, 1, nnx.Rngs(0))).choices(training=True)
 
 
 def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
@@ -117,8 +122,14 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
         check_groups(moe.num_experts, moe.top_k, groups, kept)
     except BadInput as error:
         raise BadInput(f"model.moe.router_options.{error}") from error
-    if "load" in moe.losses and "load" not in ROUTERS[moe.router].LOSSES:
-        raise BadInput("model.moe.losses.load needs a router that draws noise; use model.moe.router noisy_top_k")
+    for name in moe.losses:
+        owners = [router for router, made in ROUTERS.items() if name in made.LOSSES]
+        if owners and moe.router not in owners:
+            raise BadInput(f"model.moe.losses.{name} is no loss of this router; use model.moe.router {owners[0]}")
+    if moe.router == "relu" and "sparsity" not in moe.losses:
+        raise BadInput(
+            "model.moe.router = relu: nothing but its loss makes it sparse; set model.moe.losses.sparsity to 1.0"
+        )
     for name in {"device", "communication"} & set(moe.losses):
         if "groups" not in known:
             raise BadInput(

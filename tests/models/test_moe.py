@@ -13,9 +13,13 @@ from gshardx.layers.balance import BalanceLoss, CommunicationLoss, DeviceLoss
 from gshardx.layers.routing import ROUTERS
 from gshardx.models.moe import build_moe, check_router_options, dispatcher_reason, router_matrices, router_options
 
+NEEDED = {"relu": {"losses": {"sparsity": 1.0}}}
+"""What a router is not built without."""
+
 
 def built(**moe):
-    config = ModelConfig(width=16, moe=MoEConfig(**{"num_experts": 8, "hidden": 8, **moe}))
+    moe = {"num_experts": 8, "hidden": 8, **NEEDED.get(moe.get("router"), {}), **moe}
+    config = ModelConfig(width=16, moe=MoEConfig(**moe))
     return nnx.eval_shape(lambda: build_moe(config, 1.0, nnx.Rngs(0)))
 
 

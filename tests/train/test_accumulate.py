@@ -30,6 +30,11 @@ CASES = {
     "sigmoid_bias": {"router": "sigmoid_bias", "losses": {"balance": 0.3, "z": 0.1}, "adaptive_balance": True},
     "noisy_top_k": {"router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}},
     "skywork": {"router": "skywork"},
+    "relu": {
+        "router": "relu",
+        "router_options": {"most": 4, "start": 0.1},
+        "losses": {"balance": 0.1, "sparsity": 1.0},
+    },
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{

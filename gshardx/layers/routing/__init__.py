@@ -5,6 +5,7 @@ from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.linear import LinearRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
+from gshardx.layers.routing.relu import ReluRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
@@ -20,6 +21,7 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "sparse_mixer": SparseMixerRouter,
     "noisy_top_k": NoisyTopKRouter,
     "skywork": SkyworkRouter,
+    "relu": ReluRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -31,6 +33,7 @@ __all__ = [
     "NoisyTopKRouter",
     "Priority",
     "ROUTERS",
+    "ReluRouter",
     "Router",
     "RouterState",
     "RouterStats",

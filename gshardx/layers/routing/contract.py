@@ -57,6 +57,11 @@ class Router(Protocol):
     top_k: int
     losses: tuple[tuple[str, Loss], ...]
 
+    def choices(self, training: bool) -> int:
+        """Experts that a token may choose: the last axis of a :class:`Routing`. ``top_k``, unless the router has no
+        fixed number, or another one in training than at inference."""
+        ...
+
     def initial_state(self) -> RouterState: ...
 
     def __call__(
@@ -65,4 +70,8 @@ class Router(Protocol):
 
     def after_step(self, state: RouterState) -> RouterState:
         """The state of the next optimizer step, from what the calls of this step left; pure, once a step."""
+        ...
+
+    def after_step_of_layers(self, state: RouterState) -> RouterState:
+        """The same for a model's layers, whose states are stacked: each by itself, unless they decide together."""
         ...

@@ -57,11 +57,17 @@ class LinearRouter(nnx.Module):
         """The shapes of its matrices; each is multiplied with every token once."""
         return [(width, num_experts)]
 
+    def choices(self, training: bool) -> int:
+        return self.top_k
+
     def initial_state(self) -> RouterState:
         return ()
 
     def after_step(self, state: RouterState) -> RouterState:
         return state
+
+    def after_step_of_layers(self, state: RouterState) -> RouterState:
+        return jax.vmap(self.after_step)(state) if jax.tree.leaves(state) else state
 
     def logits(self, tokens: Float[Array, "g s m"]) -> Float[Array, "g s e"]:
         """fp32, whatever the tokens are."""
@@ -101,8 +107,8 @@ class LinearRouter(nnx.Module):
         """
         experts = gating.experts
         counted = gating.valid if counted is None else counted
-        s = experts.shape[1]
-        capacity = self.capacity.slots(s, self.num_experts, self.top_k, training)
+        _, s, k = experts.shape
+        capacity = self.capacity.slots(s, self.num_experts, k, training)
         wanted = jnp.broadcast_to(counted[..., None], experts.shape) if wanted is None else wanted
         slots, load = assign_slots(experts, wanted, self.num_experts, self._priority(gating))
         keep = wanted & accepted

@@ -9,18 +9,21 @@ from gshardx.layers.routing import (
     Capacity,
     GShardRouter,
     NoisyTopKRouter,
+    ReluRouter,
     SigmoidBiasRouter,
     SkyworkRouter,
     SparseMixerRouter,
     SwitchRouter,
     TopKRouter,
 )
+from gshardx.layers.routing.relu import SparsityState
 from gshardx.layers.routing.sigmoid_bias import BiasState
 from tests.layers.routing.cases import compiled, data
 
 E, S = 8, 16
 FIXED = Capacity(0.0, minimum=2)
 BIAS = BiasState(jnp.linspace(-0.2, 0.2, E), jnp.zeros(E))
+SPARSITY = SparsityState(*(jnp.float32(x) for x in (0.5, 3, 2)))
 ROUTERS = {
     "gshard": (GShardRouter, (E, 2), {}, ()),
     "gshard after": (GShardRouter, (E, 2), {"normalise": "after", "priority": "gate"}, ()),
@@ -28,16 +31,19 @@ ROUTERS = {
     "top_k": (TopKRouter, (E, 3), {"groups": 4, "groups_kept": 2, "renormalise": False}, ()),
     "sigmoid_bias": (SigmoidBiasRouter, (E, 2), {"scale": 2.5}, (BIAS,)),
     "noisy_top_k, drawn": (NoisyTopKRouter, (E, 2), {}, ()),
+    "relu": (ReluRouter, (E, 2), {"most": 5}, (SPARSITY,)),
     "skywork": (SkyworkRouter, (E, 2), {"spread": 2.0}, ()),
     "sparse_mixer": (SparseMixerRouter, (E, 2), {"jitter": 0.0}, ()),
     "sparse_mixer, drawn": (SparseMixerRouter, (E, 3), {"jitter": 0.5}, ()),
 }
+CHANGING = {"relu"}
+"""Whose tokens want some of their choices only."""
 EACH = ("experts", "slots", "keep", "weights")
 
 
-def route(name, tokens, kernel, valid, training):
+def route(name, tokens, kernel, valid, training, capacity=FIXED):
     make, numbers, options, state = ROUTERS[name]
-    call = compiled(make, *numbers, capacity=FIXED, **options)
+    call = compiled(make, *numbers, capacity=capacity, **options)
     return call(kernel, tokens, valid, jax.random.key(0) if training else None, *state)[0]
 
 
@@ -47,10 +53,13 @@ def test_no_expert_exceeds_its_capacity_and_kept_slots_have_no_holes(name):
     routing = route(name, tokens, kernel, valid, training=True)
     experts, slots, keep = (np.asarray(getattr(routing, field)) for field in ("experts", "slots", "keep"))
     assert routing.capacity == 2
+    wanted = np.broadcast_to(valid[..., None], keep.shape)
+    if name in CHANGING:  # those kept where there is room for all
+        wanted = np.asarray(route(name, tokens, kernel, valid, training=True, capacity=Capacity(None)).keep)
     full = 0
     for g in range(4):
         for expert in range(E):
-            here = (experts[g] == expert) & valid[g][:, None]
+            here = (experts[g] == expert) & wanted[g]
             count = min(2, here.sum())
             assert sorted(slots[g][here & keep[g]]) == list(range(count))
             full += here.sum() > 2
@@ -82,7 +91,10 @@ def test_without_dropping_a_permutation_of_a_group_permutes_its_routing(name):
     assert before.capacity == S
     np.testing.assert_array_equal(np.asarray(before.experts)[:, order], after.experts)
     np.testing.assert_array_equal(np.asarray(before.keep)[:, order], after.keep)
-    np.testing.assert_array_equal(np.asarray(before.keep), np.broadcast_to(valid[..., None], before.keep.shape))
+    dropped = np.broadcast_to(valid[..., None], before.keep.shape) & ~np.asarray(before.keep)
+    assert dropped.any() == (name in CHANGING)
+    assert float(before.stats.drop_fraction) == 0
+    assert not np.asarray(before.keep)[~valid].any()
     np.testing.assert_allclose(np.asarray(before.weights)[:, order], after.weights, atol=1e-6)
     for loss in before.losses:
         np.testing.assert_allclose(before.losses[loss], after.losses[loss], rtol=1e-5)
@@ -115,8 +127,10 @@ def test_tokens_are_routed_with_padding_as_without_it(name):
     junk[:, places] = real
     alone = route(name, real, kernel, np.ones((4, 12), bool), training=True)
     padded = route(name, junk, kernel, valid, training=True)
-    for field in EACH[:3]:
+    for field in ("experts", "keep"):
         np.testing.assert_array_equal(getattr(alone, field), np.asarray(getattr(padded, field))[:, places])
+    kept = np.asarray(alone.keep)
+    np.testing.assert_array_equal(np.asarray(alone.slots)[kept], np.asarray(padded.slots)[:, places][kept])
     np.testing.assert_allclose(alone.weights, np.asarray(padded.weights)[:, places], atol=1e-6)
     for loss in alone.losses:
         np.testing.assert_allclose(alone.losses[loss], padded.losses[loss], rtol=1e-5)
