@@ -30,6 +30,7 @@ RouterName = Literal[
     "noisy_top_k",
     "skywork",
     "relu",
+    "smoe_dropout",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -29,6 +29,7 @@ from gshardx.layers.routing import (
     Routing,
     SigmoidBiasRouter,
     SkyworkRouter,
+    SmoeDropoutRouter,
     SparseMixerRouter,
     SwitchRouter,
     TopKRouter,
@@ -36,6 +37,7 @@ from gshardx.layers.routing import (
 from gshardx.layers.shared import GatedShared, Residual, Shared
 
 __all__ = [
+    "SmoeDropoutRouter",
     "Attention",
     "Auto",
     "Block",

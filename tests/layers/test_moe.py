@@ -27,6 +27,7 @@ from gshardx.layers import (
     Shared,
     SigmoidBiasRouter,
     SkyworkRouter,
+    SmoeDropoutRouter,
     SparseMixerRouter,
     SwitchRouter,
     TopKRouter,
@@ -44,6 +45,7 @@ ROUTERS = {
     "sigmoid_bias": partial(SigmoidBiasRouter, M, E, K, groups=4, groups_kept=2, weigh="input", capacity=DROPLESS),
     "noisy_top_k": partial(NoisyTopKRouter, M, E, K, capacity=TIGHT),
     "relu": partial(ReluRouter, M, E, K, most=3, capacity=TIGHT),
+    "smoe_dropout": partial(SmoeDropoutRouter, M, E, 3, fewest=2, capacity=TIGHT),
     "skywork": partial(SkyworkRouter, M, E, K, capacity=TIGHT),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
 }

@@ -8,6 +8,7 @@ from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.relu import ReluRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
+from gshardx.layers.routing.smoe_dropout import SmoeDropoutRouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
 from gshardx.layers.routing.statistics import RouterStats
 from gshardx.layers.routing.switch import SwitchRouter
@@ -22,10 +23,12 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "noisy_top_k": NoisyTopKRouter,
     "skywork": SkyworkRouter,
     "relu": ReluRouter,
+    "smoe_dropout": SmoeDropoutRouter,
 }
 """By the name in ``model.moe.router``."""
 
 __all__ = [
+    "SmoeDropoutRouter",
     "Capacity",
     "GShardRouter",
     "LinearRouter",
