@@ -19,6 +19,7 @@ LOSSES = (
     "communication",
     "importance",
     "load",
+    "mutual_information",
     "sparsity",
 )
 RouterName = Literal[
@@ -31,6 +32,7 @@ RouterName = Literal[
     "skywork",
     "relu",
     "smoe_dropout",
+    "ds_moe",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 
@@ -69,7 +71,7 @@ class MoEConfig:
     """Type in which tokens travel between devices."""
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"balance": 0.01})
     """Weights of auxiliary losses: balance (the router's own; 1.0 a layer at balance), first_choice, all_choices,
-    batch, device, communication, importance, z, and those of one router (docs/routers)."""
+    batch, device, communication, importance, mutual_information, z, and those of one router (docs/routers)."""
     adaptive_balance: bool = False
     """Let each layer's weight of "balance" follow its drop rate (Skywork-MoE), from the one in losses towards at
     most 0.01."""

@@ -19,6 +19,7 @@ from gshardx.layers.reach import Reach
 from gshardx.layers.rope import Rope
 from gshardx.layers.routing import (
     Capacity,
+    DsMoeRouter,
     GShardRouter,
     Losses,
     NoisyTopKRouter,
@@ -37,6 +38,7 @@ from gshardx.layers.routing import (
 from gshardx.layers.shared import GatedShared, Residual, Shared
 
 __all__ = [
+    "DsMoeRouter",
     "SmoeDropoutRouter",
     "Attention",
     "Auto",

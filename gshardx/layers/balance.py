@@ -82,8 +82,7 @@ class DeviceLoss(Loss):
 class CommunicationLoss(DeviceLoss):
     """DeepSeek-V2's communication loss (arXiv 2405.04434 eq. 29): evens what each of ``devices`` parts of the experts
     receives. A token that chose several experts of a part is sent there once; at most ``limit`` parts get a token. 1.0
-    if all parts receive alike and every token goes to ``limit`` of them; less if tokens go to fewer.
-    """
+    if all parts receive alike and every token goes to ``limit`` of them; less if tokens go to fewer."""
 
     limit: int
 
@@ -140,17 +139,10 @@ def evenness(share: Float[Array, "*g e"], gate: Float[Array, "*g e"], tokens: Fl
 
 
 def _shares(gating: Gating, k: int) -> tuple[Float[Array, "g e"], Float[Array, "g e"], Float[Array, "g"]]:
-    """Of each group: each expert's share of the tokens' first ``k`` choices, its summed gates; and real tokens.
-
-    A token counts once, whatever the number of choices that it made.
-    """
+    """Of each group: each expert's share of the first ``k`` choices, 1 a token; its summed gates; and real tokens."""
     real = gating.valid.astype(jnp.float32)
-    counts = jnp.broadcast_to(real[..., None], (*real.shape, k))
-    if gating.made is not None:
-        made = gating.made[..., :k].astype(jnp.float32)
-        counts = counts * made * (k / jnp.maximum(made.sum(-1, keepdims=True), 1.0))
-    number = jnp.arange(gating.gates.shape[-1], dtype=jnp.int32)
-    chosen = sum(
-        jnp.where(gating.experts[..., rank, None] == number, counts[..., rank, None], 0.0).sum(1) for rank in range(k)
-    )
+    made = jnp.ones((*real.shape, k)) if gating.made is None else gating.made[..., :k].astype(jnp.float32)
+    counts = real[..., None] * made * (k / jnp.maximum(made.sum(-1, keepdims=True), 1.0))
+    number, experts = jnp.arange(gating.gates.shape[-1], dtype=jnp.int32), gating.experts
+    chosen = sum(jnp.where(experts[..., i, None] == number, counts[..., i, None], 0.0).sum(1) for i in range(k))
     return jnp.asarray(chosen) / k, jnp.einsum("gse,gs->ge", gating.gates, real), real.sum(1)

@@ -24,6 +24,7 @@ from gshardx.layers.balance import BalanceLoss, CommunicationLoss, DeviceLoss, I
 from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.routing import ROUTERS, LinearRouter, Router
 from gshardx.layers.routing.choice import check_groups
+from gshardx.layers.routing.ds_moe import MutualInformationLoss
 from gshardx.layers.shared import Beside, nothing
 from gshardx.models.options import Options, check_options
 
@@ -149,6 +150,7 @@ def _loss(name: str, moe: MoEConfig) -> Loss:
         "device": DeviceLoss(groups),
         "communication": CommunicationLoss(groups, kept),
         "importance": ImportanceLoss(),
+        "mutual_information": MutualInformationLoss(),
     }
     return losses[name]
 

@@ -186,6 +186,7 @@ ROUTER_CONFIGS = {
     "noisy_top_k": {"router": "noisy_top_k"},
     "skywork": {"router": "skywork"},
     "smoe_dropout": {"router": "smoe_dropout", "top_k": 4, "router_options": {"serve": 3}},
+    "ds_moe": {"router": "ds_moe"},
     "relu": {"router": "relu", "losses": {"sparsity": 1.0}},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
 }

@@ -19,10 +19,19 @@ from gshardx.layers.balance import (
     ZLoss,
     cv_squared,
 )
+from gshardx.layers.routing.ds_moe import MutualInformationLoss
 
 G, S, E = 3, 16, 8
 BALANCE = [BalanceLoss(choices, over) for choices in ("first", "all") for over in ("group", "batch")]
-LOSSES = [*BALANCE, DeviceLoss(4), CommunicationLoss(4, 2), ZLoss(), ImportanceLoss(), LoadLoss(0.5)]
+LOSSES = [
+    *BALANCE,
+    DeviceLoss(4),
+    CommunicationLoss(4, 2),
+    ZLoss(),
+    ImportanceLoss(),
+    MutualInformationLoss(),
+    LoadLoss(0.5),
+]
 
 
 @functools.cache

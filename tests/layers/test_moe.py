@@ -13,6 +13,7 @@ from flax import nnx
 from gshardx.errors import BadInput
 from gshardx.layers import (
     Capacity,
+    DsMoeRouter,
     Einsum,
     Experts,
     FeedForward,
@@ -46,6 +47,7 @@ ROUTERS = {
     "noisy_top_k": partial(NoisyTopKRouter, M, E, K, capacity=TIGHT),
     "relu": partial(ReluRouter, M, E, K, most=3, capacity=TIGHT),
     "smoe_dropout": partial(SmoeDropoutRouter, M, E, 3, fewest=2, capacity=TIGHT),
+    "ds_moe": partial(DsMoeRouter, M, E, K, capacity=TIGHT),
     "skywork": partial(SkyworkRouter, M, E, K, capacity=TIGHT),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
 }

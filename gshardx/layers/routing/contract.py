@@ -23,10 +23,8 @@ Losses = dict[str, Float[Array, ""]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Where each token goes. ``experts``, ``slots``, ``keep`` and ``weights`` are ``[g, s, k]``.
-
-    A choice that is not kept (no slot left, rejected, or padding) has weight 0.
-    """
+    """Where each token goes. ``experts``, ``slots``, ``keep`` and ``weights`` are ``[g, s, k]``. A choice that is
+    not kept (no slot left, rejected, not wanted, or padding) has weight 0."""
 
     experts: Int[Array, "g s k"]
     slots: Int[Array, "g s k"]
@@ -50,19 +48,17 @@ class Router(Protocol):
     """Chooses experts.
 
     ``rng`` is a key, or one for each group, in training and None at inference, where a choice depends on its own token
-    alone. ``state`` is what ``initial_state`` or the last ``after_step`` gave.
+    alone. ``state`` is what ``initial_state`` or the last ``after_step`` gave, which ``after_step_of_layers`` is of the
+    stacked states of layers. ``choices`` is k of a :class:`Routing`: ``top_k``, unless a token's number varies.
     """
 
     num_experts: int
     top_k: int
     losses: tuple[tuple[str, Loss], ...]
 
-    def choices(self, training: bool) -> int:
-        """Experts that a token may choose: the last axis of a :class:`Routing`. ``top_k``, unless the router has no
-        fixed number, or another one in training than at inference."""
-        ...
-
+    def choices(self, training: bool) -> int: ...
     def initial_state(self) -> RouterState: ...
+    def after_step_of_layers(self, state: RouterState) -> RouterState: ...
 
     def __call__(
         self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState
@@ -70,8 +66,3 @@ class Router(Protocol):
 
     def after_step(self, state: RouterState) -> RouterState:
         """The state of the next optimizer step, from what the calls of this step left; pure, once a step."""
-        ...
-
-    def after_step_of_layers(self, state: RouterState) -> RouterState:
-        """The same for a model's layers, whose states are stacked: each by itself, unless they decide together."""
-        ...

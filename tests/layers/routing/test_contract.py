@@ -7,6 +7,7 @@ import pytest
 
 from gshardx.layers.routing import (
     Capacity,
+    DsMoeRouter,
     GShardRouter,
     NoisyTopKRouter,
     ReluRouter,
@@ -33,6 +34,7 @@ ROUTERS = {
     "top_k": (TopKRouter, (E, 3), {"groups": 4, "groups_kept": 2, "renormalise": False}, ()),
     "sigmoid_bias": (SigmoidBiasRouter, (E, 2), {"scale": 2.5}, (BIAS,)),
     "noisy_top_k, drawn": (NoisyTopKRouter, (E, 2), {}, ()),
+    "ds_moe": (DsMoeRouter, (E, 2), {}, ()),
     "relu": (ReluRouter, (E, 2), {"most": 5}, (SPARSITY,)),
     "smoe_dropout": (SmoeDropoutRouter, (E, 4), {"steps": 100, "serve": 2}, (ScheduleState(jnp.int32(50)),)),
     "skywork": (SkyworkRouter, (E, 2), {"spread": 2.0}, ()),
