@@ -21,6 +21,8 @@ LOSSES = (
     "load",
     "mutual_information",
     "sparsity",
+    "selector_entropy",
+    "selector_reach",
 )
 RouterName = Literal[
     "gshard",
@@ -33,6 +35,7 @@ RouterName = Literal[
     "relu",
     "smoe_dropout",
     "ds_moe",
+    "dselect_k",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -63,7 +63,7 @@ def duplicated(model: ModelConfig, copies: int) -> tuple[ModelConfig, Change]:
     """
     moe, options = model.moe, dict(model.moe.router_options)
     sigmoid = moe.router == "sigmoid_bias"
-    if moe.router in ("switch", "sparse_mixer", "relu", "smoe_dropout") or options.get("weigh") == "input":
+    if moe.router in ("switch", "sparse_mixer", "relu", "smoe_dropout", "dselect_k") or options.get("weigh") == "input":
         raise BadInput(f"model.moe.router = {moe.router}: copies of an expert would not add up to it; use top_k")
     if sigmoid and options.get("groups", 1) > 1:
         raise BadInput("model.moe.router_options.groups: their two best experts would be copies; not for sigmoid_bias")

@@ -19,6 +19,7 @@ from gshardx.layers.reach import Reach
 from gshardx.layers.rope import Rope
 from gshardx.layers.routing import (
     Capacity,
+    DselectKRouter,
     DsMoeRouter,
     GShardRouter,
     Losses,
@@ -38,6 +39,7 @@ from gshardx.layers.routing import (
 from gshardx.layers.shared import GatedShared, Residual, Shared
 
 __all__ = [
+    "DselectKRouter",
     "DsMoeRouter",
     "SmoeDropoutRouter",
     "Attention",

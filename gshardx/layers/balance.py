@@ -23,6 +23,7 @@ class Gating(NamedTuple):
     experts: Int[Array, "g s k"]
     valid: Bool[Array, "g s"]
     chances: Float[Array, "g s e"] | None = None  # of each expert to be chosen, where the choice is drawn
+    selectors: Float[Array, "g s i e"] | None = None  # what gates are sums of (dselect_k)
     made: Bool[Array, "g s k"] | None = None  # choices that a token makes, where their number varies
 
 

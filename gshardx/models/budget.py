@@ -112,7 +112,8 @@ def step_budget(
 def _has_loss_over_batch(plan: Blueprint, moe: MoE) -> bool:
     g, s, e, k = 1, 8, moe.router.num_experts, moe.router.choices(training=True)
     numbers = ((g, s, e), jnp.float32)
-    shapes = [numbers, numbers, ((g, s, k), jnp.int32), ((g, s), jnp.bool_), numbers]
+    selectors = ((g, s, 1, e), jnp.float32)
+    shapes = [numbers, numbers, ((g, s, k), jnp.int32), ((g, s), jnp.bool_), numbers, selectors]
     gating: Any = Gating(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))  # type: ignore[arg-type]
     weighted = {"balance", *plan.config.moe.losses}
     return any(len(jax.eval_shape(loss.sums, gating)) != 2 for name, loss in moe.router.losses if name in weighted)

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import jax
 from flax import nnx
 
 from gshardx.config import ModelConfig, MoEConfig
@@ -95,8 +96,9 @@ def training_choices(moe: MoEConfig) -> int:
 
 
 def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """The sides of each matrix of a router, the tokens' first."""
-    return ROUTERS[config.moe.router].matrices(config.width, config.moe.num_experts)
+    """The sides of each matrix of a router, the tokens' first; each is multiplied with every token once."""
+    router = nnx.eval_shape(lambda: build_router(config.moe, config.width, nnx.Rngs(0)))
+    return [(p.shape[0], p.shape[1]) for p in jax.tree.leaves(nnx.state(router, nnx.Param)) if len(p.shape) == 2]
 
 
 def router_options(name: str) -> Options:

@@ -187,6 +187,7 @@ ROUTER_CONFIGS = {
     "skywork": {"router": "skywork"},
     "smoe_dropout": {"router": "smoe_dropout", "top_k": 4, "router_options": {"serve": 3}},
     "ds_moe": {"router": "ds_moe"},
+    "dselect_k": {"router": "dselect_k"},
     "relu": {"router": "relu", "losses": {"sparsity": 1.0}},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
 }

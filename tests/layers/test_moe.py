@@ -13,6 +13,7 @@ from flax import nnx
 from gshardx.errors import BadInput
 from gshardx.layers import (
     Capacity,
+    DselectKRouter,
     DsMoeRouter,
     Einsum,
     Experts,
@@ -48,6 +49,7 @@ ROUTERS = {
     "relu": partial(ReluRouter, M, E, K, most=3, capacity=TIGHT),
     "smoe_dropout": partial(SmoeDropoutRouter, M, E, 3, fewest=2, capacity=TIGHT),
     "ds_moe": partial(DsMoeRouter, M, E, K, capacity=TIGHT),
+    "dselect_k": partial(DselectKRouter, M, E, K, most=3, capacity=TIGHT),
     "skywork": partial(SkyworkRouter, M, E, K, capacity=TIGHT),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
 }

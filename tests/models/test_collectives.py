@@ -140,6 +140,7 @@ def test_micro_batches_send_as_often_and_a_first_pass_once_more(mesh_config, los
         {"router": "sigmoid_bias", "router_options": {"groups": 4, "groups_kept": 2}, "adaptive_balance": True},
         {"router": "smoe_dropout", "top_k": 3, "router_options": {"serve": 2}},
         {"router": "ds_moe", "losses": {"mutual_information": 0.1}},
+        {"router": "dselect_k", "losses": {"balance": 0.01, "selector_entropy": 0.1}},
         {"router": "relu", "router_options": {"most": 3}, "losses": {"balance": 0.01, "sparsity": 1.0}},
         {"router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}},
         {"dispatcher": "einsum", "shared_hidden": 8, "shared": "residual"},

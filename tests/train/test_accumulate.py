@@ -30,6 +30,7 @@ CASES = {
     "sigmoid_bias": {"router": "sigmoid_bias", "losses": {"balance": 0.3, "z": 0.1}, "adaptive_balance": True},
     "noisy_top_k": {"router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}},
     "skywork": {"router": "skywork"},
+    "dselect_k": {"router": "dselect_k", "losses": {"balance": 0.1, "selector_entropy": 0.1, "selector_reach": 0.1}},
     "ds_moe": {"router": "ds_moe", "losses": {"balance": 0.1, "mutual_information": 0.5}},
     "smoe_dropout": {"router": "smoe_dropout", "top_k": 3, "router_options": {"fewest": 2}},
     "relu": {

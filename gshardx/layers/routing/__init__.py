@@ -3,6 +3,7 @@
 from gshardx.layers.routing.choice import Capacity, Priority
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.ds_moe import DsMoeRouter
+from gshardx.layers.routing.dselect_k import DselectKRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.linear import LinearRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
@@ -26,10 +27,12 @@ ROUTERS: dict[str, type[LinearRouter]] = {
     "relu": ReluRouter,
     "smoe_dropout": SmoeDropoutRouter,
     "ds_moe": DsMoeRouter,
+    "dselect_k": DselectKRouter,
 }
 """By the name in ``model.moe.router``."""
 
 __all__ = [
+    "DselectKRouter",
     "DsMoeRouter",
     "SmoeDropoutRouter",
     "Capacity",

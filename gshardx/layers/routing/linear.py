@@ -52,11 +52,6 @@ class LinearRouter(nnx.Module):
         self.capacity, self.priority = capacity, priority
         self.losses = tuple((self.LOSSES if losses is None else losses).items())
 
-    @classmethod
-    def matrices(cls, width: int, num_experts: int) -> list[tuple[int, int]]:
-        """The shapes of its matrices; each is multiplied with every token once."""
-        return [(width, num_experts)]
-
     def choices(self, training: bool) -> int:
         return self.top_k
 

@@ -7,6 +7,7 @@ import pytest
 
 from gshardx.layers.routing import (
     Capacity,
+    DselectKRouter,
     DsMoeRouter,
     GShardRouter,
     NoisyTopKRouter,
@@ -35,13 +36,14 @@ ROUTERS = {
     "sigmoid_bias": (SigmoidBiasRouter, (E, 2), {"scale": 2.5}, (BIAS,)),
     "noisy_top_k, drawn": (NoisyTopKRouter, (E, 2), {}, ()),
     "ds_moe": (DsMoeRouter, (E, 2), {}, ()),
+    "dselect_k": (DselectKRouter, (E, 2), {"most": 5}, ()),
     "relu": (ReluRouter, (E, 2), {"most": 5}, (SPARSITY,)),
     "smoe_dropout": (SmoeDropoutRouter, (E, 4), {"steps": 100, "serve": 2}, (ScheduleState(jnp.int32(50)),)),
     "skywork": (SkyworkRouter, (E, 2), {"spread": 2.0}, ()),
     "sparse_mixer": (SparseMixerRouter, (E, 2), {"jitter": 0.0}, ()),
     "sparse_mixer, drawn": (SparseMixerRouter, (E, 3), {"jitter": 0.5}, ()),
 }
-CHANGING = {"relu", "smoe_dropout"}
+CHANGING = {"dselect_k", "relu", "smoe_dropout"}
 """Whose tokens want some of their choices only."""
 EACH = ("experts", "slots", "keep", "weights")
 
