@@ -1,5 +1,6 @@
 """From a config to an MoE layer: router, dispatcher, experts, and what stands beside them."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -92,13 +93,27 @@ def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> Router:
 
 def training_choices(moe: MoEConfig) -> int:
     """Experts that a token may choose in training: what slots and sorted rows have room for."""
-    return nnx.eval_shape(lambda: build_router(moe, 1, nnx.Rngs(0))).choices(training=True)
+    return _abstract_router(moe, 1).choices(training=True)
 
 
 def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
     """The sides of each matrix of a router, the tokens' first; each is multiplied with every token once."""
-    router = nnx.eval_shape(lambda: build_router(config.moe, config.width, nnx.Rngs(0)))
-    return [(p.shape[0], p.shape[1]) for p in jax.tree.leaves(nnx.state(router, nnx.Param)) if len(p.shape) == 2]
+    parameters = jax.tree.leaves(nnx.state(_abstract_router(config.moe, config.width), nnx.Param))
+    return [(p.shape[0], p.shape[1]) for p in parameters if len(p.shape) == 2]
+
+
+def _abstract_router(moe: MoEConfig, width: int) -> Router:
+    options, losses = (tuple(mapping.items()) for mapping in (moe.router_options, moe.losses))
+    return _traced_router(moe.router, moe.num_experts, moe.top_k, options, losses, width)
+
+
+@functools.cache
+def _traced_router(
+    name: Any, num_experts: int, top_k: int, options: tuple[Any, ...], losses: tuple[Any, ...], width: int
+) -> Router:
+    """Traced once: a search for a plan asks thousands of times, and it takes 7 ms."""
+    moe = MoEConfig(num_experts, top_k, router=name, router_options=dict(options), losses=dict(losses))
+    return nnx.eval_shape(lambda: build_router(moe, width, nnx.Rngs(0)))
 
 
 def router_options(name: str) -> Options:
