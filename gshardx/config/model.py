@@ -9,7 +9,21 @@ from gshardx.config.checks import at_least_zero, divisor, positive, share
 from gshardx.errors import BadInput
 from gshardx.sharding import MeshConfig
 
-LOSSES = ("balance", "z", "first_choice", "all_choices", "batch", "device", "communication", "importance", "load")
+LOSSES = (
+    "balance",
+    "z",
+    "first_choice",
+    "all_choices",
+    "batch",
+    "device",
+    "communication",
+    "importance",
+    "load",
+    "mutual_information",
+    "sparsity",
+    "selector_entropy",
+    "selector_reach",
+)
 RouterName = Literal[
     "gshard",
     "switch",
@@ -25,6 +39,10 @@ RouterName = Literal[
     "quantile",
     "cosine",
     "adamoe",
+    "relu",
+    "smoe_dropout",
+    "ds_moe",
+    "dselect_k",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 
@@ -63,7 +81,7 @@ class MoEConfig:
     """Type in which tokens travel between devices."""
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"balance": 0.01})
     """Weights of auxiliary losses: balance (the router's own; 1.0 a layer at balance), first_choice, all_choices,
-    batch, device, communication, importance, z."""
+    batch, device, communication, importance, mutual_information, z, and those of one router (docs/routers)."""
     adaptive_balance: bool = False
     """Let each layer's weight of "balance" follow its drop rate (Skywork-MoE), from the one in losses towards at
     most 0.01."""

@@ -114,7 +114,7 @@ def _error(run: LoadedRun, moe: MoE, state: Any, x: Float[np.ndarray, "n m"]) ->
     @jax.jit
     def routed(tokens: Array, outputs: Array, experts: Int[Array, "r"]) -> Float[Array, "n m"]:
         model = run.config.model if len(experts) == count else fewer(run.config.model, len(experts))
-        router: Any = build_router(model, nnx.Rngs(0))
+        router: Any = build_router(model.moe, model.width, nnx.Rngs(0))
         router.kernel[...] = kernel[:, experts]
         if bias is not None:
             router.bias[...] = bias[...][experts]

@@ -27,6 +27,8 @@ from gshardx.errors import BadInput
 
 _OTHERWISE = ("cosine", "adamoe", "hash")
 """Routers that do not have a column and a bias for each expert, and nothing else."""
+_NOT_COPIED = ("switch", "sparse_mixer", "base", "sinkhorn", "relu", "smoe_dropout", "dselect_k")
+"""Routers whose weights of two copies of an expert do not add up to the expert's."""
 
 
 class Change(NamedTuple):
@@ -77,7 +79,7 @@ def duplicated(model: ModelConfig, copies: int) -> tuple[ModelConfig, Change]:
     _check_router(model)
     moe, options = model.moe, dict(model.moe.router_options)
     sigmoid = moe.router == "sigmoid_bias" or (moe.router == "quantile" and options.get("score") != "softmax")
-    if moe.router in ("switch", "sparse_mixer", "base", "sinkhorn") or options.get("weigh") == "input":
+    if moe.router in _NOT_COPIED or options.get("weigh") == "input":
         raise BadInput(f"model.moe.router = {moe.router}: copies of an expert would not add up to it; use top_k")
     if sigmoid and options.get("groups", 1) > 1:
         raise BadInput("model.moe.router_options.groups: their two best experts would be copies; not for sigmoid_bias")

@@ -111,7 +111,8 @@ class Engine:
         blueprint, self._variables = separate(blueprint, variables, mesh, self.exchange)
         if config.weights is not None:
             blueprint, self._variables = quantize(blueprint, self._variables, config.weights)
-        self.vocab, self.choices = blueprint.vocab, blueprint.bind(blueprint.params).stack.router.top_k
+        self.vocab = blueprint.vocab
+        self.choices = blueprint.bind(blueprint.params).stack.router.choices(training=False)
         layers = len(self._variables.params["stack"]["separate"])
         self._places = np.tile(np.arange(blueprint.config.moe.num_experts), (layers, 1))
         self.stats = Stats(expert_load=np.zeros_like(self._places))

@@ -171,7 +171,7 @@ def result_layout(sizes: Sizes, steps: int, rows: int, blueprint: Blueprint) -> 
             "best": ((*shape, top), "int32"),
             "best_logprob": ((*shape, top), "float32"),
             "finite": (shape, "int32"),
-            "experts": ((*shape, stack.count, stack.router.top_k), "int32"),
+            "experts": ((*shape, stack.count, stack.router.choices(training=False)), "int32"),
             "load": ((sizes.shards, stack.count, stack.router.num_experts + 1), "int32"),
         }
     )

@@ -70,6 +70,11 @@ def fewer_experts(plan: Blueprint, top_k: int, mesh: Mesh, exchange: Exchange) -
         raise BadInput(f"draft_experts = {top_k}: the model itself sends a token to {moe.top_k}; {mend}")
     config = dataclasses.replace(plan.config, moe=dataclasses.replace(moe, top_k=top_k))
     smaller = blueprint(config, plan.vocab, mesh, stack=partial(Serving, exchange=exchange))
+    now, then = (one.bind(one.params).stack.router.choices(training=False) for one in (plan, smaller))
+    if then >= now:
+        raise BadInput(
+            f"drafts = fewer_experts: top_k does not bound router {moe.router!r}; use the drafter prompt_lookup"
+        )
     return dataclasses.replace(smaller, params=plan.params)
 
 

@@ -23,6 +23,8 @@ class Gating(NamedTuple):
     experts: Int[Array, "g s k"]
     valid: Bool[Array, "g s"]
     chances: Float[Array, "g s e"] | None = None  # of each expert to be chosen, where the choice is drawn
+    selectors: Float[Array, "g s i e"] | None = None  # what gates are sums of (dselect_k)
+    made: Bool[Array, "g s k"] | None = None  # choices that a token makes, where their number varies
 
 
 Sums = tuple[Float[Array, "..."], ...]
@@ -59,8 +61,7 @@ class BalanceLoss(Loss):
     over: Literal["group", "batch"] = "group"
 
     def sums(self, gating: Gating) -> Sums:
-        experts = gating.experts[..., :1] if self.choices == "first" else gating.experts
-        share, gate, tokens = shares(gating, experts)
+        share, gate, tokens = shares(gating, 1 if self.choices == "first" else gating.experts.shape[-1])
         if self.over == "batch":
             return share.sum(0), gate.sum(0), tokens.sum()
         return jnp.sum(evenness(share, gate, tokens) * tokens), tokens.sum()
@@ -80,11 +81,11 @@ def evenness(share: Float[Array, "*g e"], gate: Float[Array, "*g e"], tokens: Fl
     return share.shape[-1] * jnp.sum(share * gate, axis=-1) / jnp.maximum(tokens, 1.0) ** 2
 
 
-def shares(
-    gating: Gating, experts: Int[Array, "g s k"]
-) -> tuple[Float[Array, "g e"], Float[Array, "g e"], Float[Array, "g"]]:
-    """Of each group: each expert's choices over k, its summed gates; and real tokens."""
+def shares(gating: Gating, k: int) -> tuple[Float[Array, "g e"], Float[Array, "g e"], Float[Array, "g"]]:
+    """Of each group: each expert's share of the first ``k`` choices, 1 a token; its summed gates; and real tokens."""
     real = gating.valid.astype(jnp.float32)
-    number, k = jnp.arange(gating.gates.shape[-1], dtype=jnp.int32), experts.shape[-1]
-    chosen = sum(jnp.where(experts[..., rank, None] == number, real[..., None], 0.0).sum(1) for rank in range(k))
+    made = jnp.ones((*real.shape, k)) if gating.made is None else gating.made[..., :k].astype(jnp.float32)
+    counts = real[..., None] * made * (k / jnp.maximum(made.sum(-1, keepdims=True), 1.0))
+    number, experts = jnp.arange(gating.gates.shape[-1], dtype=jnp.int32), gating.experts
+    chosen = sum(jnp.where(experts[..., i, None] == number, counts[..., i, None], 0.0).sum(1) for i in range(k))
     return jnp.asarray(chosen) / k, jnp.einsum("gse,gs->ge", gating.gates, real), real.sum(1)

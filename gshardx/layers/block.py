@@ -140,7 +140,7 @@ class Stack(nnx.Module):
 
     def after_step(self, state: RouterState) -> RouterState:
         """:meth:`Router.after_step` of every layer."""
-        return jax.vmap(self.router.after_step, axis_size=self.count)(state)
+        return self.router.after_step_of_layers(state)
 
     def loss_values(self, sums: dict[str, Sums]) -> Losses:
         """Each layer's losses, from the sums of one or more batches."""

@@ -17,7 +17,7 @@ class DeviceLoss(Loss):
     devices: int
 
     def sums(self, gating: Gating) -> Sums:
-        share, gate, tokens = (x.sum(0) for x in shares(gating, gating.experts))
+        share, gate, tokens = (x.sum(0) for x in shares(gating, gating.experts.shape[-1]))
         return share.reshape(self.devices, -1).sum(-1), gate.reshape(self.devices, -1).sum(-1), tokens
 
 
@@ -43,7 +43,7 @@ class ImportanceLoss(Loss):
     """Squared coefficient of variation of the experts' gates, summed over the batch (arXiv 1701.06538 eq. 6)."""
 
     def sums(self, gating: Gating) -> Sums:
-        return (shares(gating, gating.experts)[1].sum(0),)
+        return (shares(gating, 1)[1].sum(0),)
 
     def value(self, sums: Sums) -> Float[Array, ""]:
         return cv_squared(*sums)

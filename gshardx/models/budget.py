@@ -54,6 +54,7 @@ class _Sizes(NamedTuple):
     b: int
     t: int
     s: int
+    k: int
     c: int
     moe_layers: int
     dense_layers: int
@@ -109,9 +110,10 @@ def step_budget(
 
 
 def _has_loss_over_batch(plan: Blueprint, moe: MoE) -> bool:
-    g, s, e, k = 1, 8, moe.router.num_experts, moe.router.top_k
+    g, s, e, k = 1, 8, moe.router.num_experts, moe.router.choices(training=True)
     numbers = ((g, s, e), jnp.float32)
-    shapes = [numbers, numbers, ((g, s, k), jnp.int32), ((g, s), jnp.bool_), numbers]
+    selectors = ((g, s, 1, e), jnp.float32)
+    shapes = [numbers, numbers, ((g, s, k), jnp.int32), ((g, s), jnp.bool_), numbers, selectors]
     gating: Any = Gating(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))  # type: ignore[arg-type]
     weighted = {"balance", *plan.config.moe.losses}
     return any(len(jax.eval_shape(loss.sums, gating)) != 2 for name, loss in moe.router.losses if name in weighted)
@@ -121,13 +123,15 @@ def _sizes(plan: Blueprint, mesh: Mesh, moe: MoE, step: Step, rows: int, tokens:
     config, training = plan.config, step == "train"
     s = (moe.group_size or tokens) if training else tokens
     router = cast(RouterBase, moe.router)
+    k = router.choices(training)
     return _Sizes(
         step=step,
         first_pass=False,
         b=rows // math.prod(mesh.shape[axis] for axis in BATCH_AXES),
         t=tokens,
         s=s,
-        c=router.capacity.slots(s, router.num_experts, router.top_k, training),
+        k=k,
+        c=router.capacity.slots(s, router.num_experts, k, training),
         moe_layers=config.moe_layers,
         dense_layers=config.layers - config.moe_layers,
         expert=mesh.shape["expert"],
@@ -152,11 +156,11 @@ def _exchanges(plan: Blueprint, moe: MoE, z: _Sizes) -> list[Allowance]:
     if not isinstance(dispatcher, Ragged):
         return [_counted("all-to-all", 2 * passes, 2 * passes * z.g * e * z.c * plan.config.width * wire, narrowest)]
     counted = (1 + repeats + z.first_pass) * z.moe_layers
-    row, bound = plan.config.width * wire, z.expert * z.b * z.t * min(moe.router.top_k, e // z.expert)
+    row, bound = plan.config.width * wire, z.expert * z.b * z.t * min(z.k, e // z.expert)
     if dispatcher.exchange == "padded" or (dispatcher.exchange == "auto" and z.platform == "cpu"):
         sent = 2 * passes * bound * row + counted * e * _FLOAT
         return [_counted("all-to-all", 2 * passes + counted, sent, narrowest)]
-    leaving = z.b * z.t * moe.router.top_k
+    leaving = z.b * z.t * z.k
     if z.platform == "tpu":  # pads rows to its 128 lanes
         row = math.ceil(plan.config.width / 128) * 128 * wire
     return [
@@ -178,7 +182,7 @@ def _dispatcher(moe: MoE, z: _Sizes) -> Dispatcher:
         group=z.s,
         hidden=moe.dispatcher.hidden,
         num_experts=router.num_experts,
-        top_k=router.top_k,
+        top_k=z.k,
         dropless=z.c == z.s,
         on=z.platform,
     ).dispatcher
@@ -240,7 +244,7 @@ def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) 
     rows = z.g * moe.router.num_experts * z.c
     extra = 0
     if isinstance(_dispatcher(moe, z), Ragged):
-        k, e = moe.router.top_k, moe.router.num_experts
+        k, e = z.k, moe.router.num_experts
         rows, extra = z.b * z.t * (k if z.expert == 1 else z.expert * min(k, e // z.expert)), 1
     x = rows * config.width * _FLOAT
     beside = z.moe_layers if config.moe.shared_hidden else 0
@@ -269,7 +273,7 @@ def _small(plan: Blueprint, moe: MoE, z: _Sizes) -> int:
     evaluation and inference add up nothing."""
     if z.step != "train":
         return 0
-    vectors = moe.router.num_experts * (2 + 2 * len(plan.config.moe.losses)) + 3 * moe.router.top_k + 32
+    vectors = moe.router.num_experts * (2 + 2 * len(plan.config.moe.losses)) + 3 * z.k + 32
     scalars = 2 * len(jax.tree.leaves(plan.params)) + 8
     return _FLOAT * (z.moe_layers * vectors + scalars)
 

@@ -1,8 +1,10 @@
 """From a config to an MoE layer: router, dispatcher, experts, and what stands beside them."""
 
+import functools
 import inspect
 from typing import Any
 
+import jax
 from flax import nnx
 
 from gshardx.config import ModelConfig, MoEConfig
@@ -25,6 +27,7 @@ from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.losses import CommunicationLoss, DeviceLoss, ImportanceLoss
 from gshardx.layers.routing import ROUTERS, Router, RouterBase
 from gshardx.layers.routing.choice import check_groups
+from gshardx.layers.routing.ds_moe import MutualInformationLoss
 from gshardx.layers.shared import Beside, nothing
 from gshardx.models.options import Options, check_options
 
@@ -35,7 +38,7 @@ def build_moe(config: ModelConfig, output_scale: float, rngs: nnx.Rngs) -> MoE:
     """The sparse layer of ``config``."""
     moe = config.moe
     return MoE(
-        build_router(config, rngs),
+        build_router(moe, config.width, rngs),
         build_dispatcher(moe),
         Experts(
             moe.num_experts,
@@ -67,33 +70,60 @@ def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
     if moe.dispatcher != "auto":
         return f"{moe.dispatcher}: model.moe.dispatcher says so"
     group = moe.group_size or sequence_length
-    slots = Capacity(moe.capacity_factor).slots(group, moe.num_experts, moe.top_k, training=True)
+    k = training_choices(moe)
+    slots = Capacity(moe.capacity_factor).slots(group, moe.num_experts, k, training=True)
     return choose_dispatcher(
         group=group,
         hidden=moe.hidden,
         num_experts=moe.num_experts,
-        top_k=moe.top_k,
+        top_k=k,
         dropless=slots == group,
     ).reason
 
 
-def build_router(config: ModelConfig, rngs: nnx.Rngs) -> Router:
+def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> Router:
     """Raises BadInput for options that the router does not have."""
-    moe = config.moe
     made: Any = ROUTERS[moe.router]
     options = check_router_options(moe)
     losses = dict(made.LOSSES) | {name: _loss(name, moe) for name in moe.losses if name not in made.LOSSES}
     common: dict[str, Any] = {"capacity": Capacity(moe.capacity_factor), "losses": losses, "rngs": rngs}
     if "top_k" in inspect.signature(made.__init__).parameters:
         common["top_k"] = moe.top_k
-    router: Router = made(width=config.width, num_experts=moe.num_experts, **common, **options)
+    router: Router = made(width=width, num_experts=moe.num_experts, **common, **options)
     return router
 
 
+def training_choices(moe: MoEConfig) -> int:
+    """Experts that a token may choose in training: what slots and sorted rows have room for."""
+    return _abstract_router(moe, 1).choices(training=True)
+
+
 def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """The sides of each matrix of a router, the tokens' first."""
-    moe = config.moe
-    return ROUTERS[moe.router].matrices(config.width, moe.num_experts, **moe.router_options)
+    """The sides of each matrix of a router, the tokens' first; each is multiplied with every token once."""
+    parameters = jax.tree.leaves(nnx.state(_abstract_router(config.moe, config.width), nnx.Param))
+    return [(p.shape[0], p.shape[1]) for p in parameters if len(p.shape) == 2]
+
+
+def _abstract_router(moe: MoEConfig, width: int) -> Router:
+    options = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in moe.router_options.items())
+    factor, losses = moe.capacity_factor, tuple(moe.losses.items())
+    return _traced_router(moe.router, moe.num_experts, moe.top_k, factor, options, losses, width)
+
+
+@functools.cache
+def _traced_router(
+    name: Any,
+    num_experts: int,
+    top_k: int,
+    factor: float | None,
+    options: tuple[Any, ...],
+    losses: tuple[Any, ...],
+    width: int,
+) -> Router:
+    """Traced once: a search for a plan asks thousands of times, and it takes 7 ms."""
+    given = {option: list(x) if isinstance(x, tuple) else x for option, x in options}
+    moe = MoEConfig(num_experts, top_k, router=name, router_options=given, losses=dict(losses), capacity_factor=factor)
+    return nnx.eval_shape(lambda: build_router(moe, width, nnx.Rngs(0)))
 
 
 def router_options(name: str) -> Options:
@@ -122,8 +152,14 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
         check_groups(moe.num_experts, moe.top_k, groups, kept)
     except BadInput as error:
         raise BadInput(f"model.moe.router_options.{error}") from error
-    if "load" in moe.losses and "load" not in ROUTERS[moe.router].LOSSES:
-        raise BadInput("model.moe.losses.load needs a router that draws noise; use model.moe.router noisy_top_k")
+    for name in moe.losses:
+        owners = [router for router, made in ROUTERS.items() if name in made.LOSSES]
+        if owners and moe.router not in owners:
+            raise BadInput(f"model.moe.losses.{name} is no loss of this router; use model.moe.router {owners[0]}")
+    if moe.router == "relu" and "sparsity" not in moe.losses:
+        raise BadInput(
+            "model.moe.router = relu: nothing but its loss makes it sparse; set model.moe.losses.sparsity to 1.0"
+        )
     for name in {"device", "communication"} & set(moe.losses):
         if "groups" not in known:
             raise BadInput(
@@ -143,6 +179,7 @@ def _loss(name: str, moe: MoEConfig) -> Loss:
         "device": DeviceLoss(groups),
         "communication": CommunicationLoss(groups, kept),
         "importance": ImportanceLoss(),
+        "mutual_information": MutualInformationLoss(),
     }
     return losses[name]
 

@@ -15,7 +15,7 @@ from gshardx.layers.remat import REMAT
 from gshardx.models.attention import matrices as projections
 from gshardx.models.attention import summed, widths
 from gshardx.models.attention import vectors as vectors_of_attention
-from gshardx.models.moe import router_matrices
+from gshardx.models.moe import router_matrices, training_choices
 from gshardx.models.options import decoder_options
 from gshardx.plan import update
 from gshardx.plan.network import seconds
@@ -124,10 +124,11 @@ def _sizes(config: Config) -> _Sizes:
     rows = config.train.batch_size // config.train.accumulation_steps
     tokens = rows * config.data.sequence_length // mesh.batch_shards
     group = moe.group_size or config.data.sequence_length
-    capacity = Capacity(moe.capacity_factor).slots(group, moe.num_experts, moe.top_k, training=True)
+    k = training_choices(moe)
+    capacity = Capacity(moe.capacity_factor).slots(group, moe.num_experts, k, training=True)
     slots = tokens // group * moe.num_experts * capacity
     if moe.capacity_factor is None and moe.dispatcher in ("auto", "ragged"):
-        slots = tokens * moe.top_k
+        slots = tokens * k
     matrices = 3 if model.activation.endswith("glu") else 2
     sparse = model.moe_layers
     m, e = model.width, moe.num_experts

@@ -3,7 +3,7 @@
 Every part of the objective is a function of sums over tokens, and the gradient of a function of sums is one number for
 each sum (its slope) times the sum's gradient. Sums of micro-batches add up, so that with the slopes at the whole
 batch's sums the micro-batches' gradients add up too. Slopes of means are known beforehand: 1 / tokens. Losses that
-multiply two sums of the whole batch ("batch", "device", "communication", "importance") need a forward pass over all
+multiply two sums of the whole batch ("batch", "device", "communication", "sparsity", ...) need a forward pass over all
 micro-batches first; it is made only if one of them has a weight.
 """
 

@@ -43,7 +43,8 @@ class Meter:
         self._guard, self._trackers, self._progress, self._config = guard, trackers, progress, config
         # All at once: a schedule is some twenty operations, each compiled, and each a trip to the device for one step.
         self._rates = np.asarray(schedule(config.optimizer, config.train.steps)(jnp.arange(config.train.steps)))
-        self._flops = forward_flops_per_token(config.model, job.blueprint.vocab, config.data.sequence_length)
+        outside, experts = forward_flops_per_token(config.model, job.blueprint.vocab, config.data.sequence_length)
+        self._flops = outside, experts / config.model.moe.top_k
         self._peak, source = peak_flops(job.mesh.size)
         say(f"MFU is against {self._peak / 1e12:.3g} TFLOP/s ({source})")
         self._pending: _Pending | None = None

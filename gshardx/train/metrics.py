@@ -17,13 +17,13 @@ def step_scalars(
         metrics: fetched to the host.
         learning_rate: of this step.
         seconds: that the step took.
-        flops: forward FLOPs of a token outside and inside the experts.
+        flops: forward FLOPs of a token outside the experts, and of one of its choices.
         peak: FLOP/s of the devices. Choices that were not kept count no FLOPs.
     """
     layers = describe(metrics.stats)
     tokens, stats = int(metrics.tokens), metrics.stats
     kept = float(np.mean((stats.choices.sum(-1) - stats.dropped.sum(-1)) / np.maximum(stats.tokens, 1)))
-    useful = 3 * tokens * (flops[0] + flops[1] * kept / stats.choices.shape[-1])
+    useful = 3 * tokens * (flops[0] + flops[1] * kept)
     scalars = {
         "learning/loss": float(metrics.loss),
         "learning/aux_loss": float(np.mean(metrics.aux_losses["balance"])),

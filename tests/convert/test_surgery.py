@@ -171,6 +171,7 @@ def routed(**changes):
         (lambda: duplicated(routed(router="base", top_k=1), 2), "copies of an expert would not add up"),
         (lambda: duplicated(routed(router="sinkhorn", top_k=1), 2), "copies of an expert would not add up"),
         (lambda: duplicated(routed(router="sparse_mixer"), 2), "copies of an expert would not add up"),
+        (lambda: duplicated(routed(router="relu"), 2), "copies of an expert would not add up"),
         (lambda: duplicated(routed(router="sigmoid_bias", router_options={"groups": 2}), 2), "not for sigmoid_bias"),
         (
             lambda: fewer(MODEL, 1),

@@ -192,6 +192,10 @@ ROUTER_CONFIGS = {
     "base": {"router": "base", "top_k": 1},
     "sinkhorn": {"router": "sinkhorn"},
     "quantile": {"router": "quantile"},
+    "smoe_dropout": {"router": "smoe_dropout", "top_k": 4, "router_options": {"serve": 3}},
+    "ds_moe": {"router": "ds_moe"},
+    "dselect_k": {"router": "dselect_k"},
+    "relu": {"router": "relu", "losses": {"sparsity": 1.0}},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
 }
 

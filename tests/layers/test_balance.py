@@ -11,10 +11,19 @@ import pytest
 
 from gshardx.layers.balance import BalanceLoss, Gating, ZLoss
 from gshardx.layers.losses import CommunicationLoss, DeviceLoss, ImportanceLoss, LoadLoss, cv_squared
+from gshardx.layers.routing.ds_moe import MutualInformationLoss
 
 G, S, E = 3, 16, 8
 BALANCE = [BalanceLoss(choices, over) for choices in ("first", "all") for over in ("group", "batch")]
-LOSSES = [*BALANCE, DeviceLoss(4), CommunicationLoss(4, 2), ZLoss(), ImportanceLoss(), LoadLoss(0.5)]
+LOSSES = [
+    *BALANCE,
+    DeviceLoss(4),
+    CommunicationLoss(4, 2),
+    ZLoss(),
+    ImportanceLoss(),
+    MutualInformationLoss(),
+    LoadLoss(0.5),
+]
 
 
 @functools.cache

@@ -15,9 +15,13 @@ from gshardx.layers.routing import ROUTERS
 from gshardx.layers.routing.linear import LinearRouter
 from gshardx.models.moe import build_moe, check_router_options, dispatcher_reason, router_matrices, router_options
 
+NEEDED = {"relu": {"losses": {"sparsity": 1.0}}}
+"""What a router is not built without."""
+
 
 def built(**moe):
-    config = ModelConfig(width=16, moe=MoEConfig(**{"num_experts": 8, "hidden": 8, **moe}))
+    moe = {"num_experts": 8, "hidden": 8, **NEEDED.get(moe.get("router"), {}), **moe}
+    config = ModelConfig(width=16, moe=MoEConfig(**moe))
     return nnx.eval_shape(lambda: build_moe(config, 1.0, nnx.Rngs(0)))
 
 
@@ -35,7 +39,8 @@ def test_the_config_lists_the_registry():
 def test_every_router_is_built_by_its_name_with_its_capacity(name):
     layer = built(router=name, top_k=1, capacity_factor=2.0)
     assert type(layer.router) is ROUTERS[name]
-    assert layer.router.capacity == Capacity(2.0, evaluation=2.0 if name == "expert_choice" else None)
+    # Of expert_choice's 8 choices a token as many slots as of one choice.
+    assert layer.router.capacity == (Capacity(0.25, evaluation=0.25) if name == "expert_choice" else Capacity(2.0))
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name != "expert_choice"])
@@ -43,12 +48,11 @@ def test_every_router_is_dropless_without_a_factor(name):
     assert built(router=name, top_k=1, capacity_factor=None).router.capacity == Capacity(None)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_matrices_of_a_router_are_those_that_are_built(name):
-    config = ModelConfig(width=16, moe=MoEConfig(num_experts=8, hidden=8, router=name, top_k=1))
-    made = nnx.state(built(router=name, top_k=1).router, nnx.Param)
-    shapes = [leaf.shape for leaf in jax.tree.leaves(made)]
-    assert sorted(router_matrices(config)) == sorted(shape for shape in shapes if len(shape) == 2)
+@pytest.mark.parametrize(
+    ("name", "sides"), [("top_k", [(16, 8)]), ("noisy_top_k", [(16, 8), (16, 8)]), ("dselect_k", [(16, 12)])]
+)
+def test_matrices_of_a_router_are_those_of_tokens(name, sides):
+    assert router_matrices(ModelConfig(width=16, moe=MoEConfig(num_experts=8, router=name, top_k=3))) == sides
 
 
 def test_options_reach_the_router():

@@ -70,13 +70,17 @@ def number(experts, wanted, num_experts, order):
     return slots, count
 
 
-def balance(gates, experts, real):
-    """E * sum_e f_e P_e, f_e the share of ``experts`` ``[s, k]`` that are e, P_e the mean gate."""
+def balance(gates, experts, real, made=None):
+    """E * sum_e f_e P_e, f_e the share of ``experts`` ``[s, k]`` that are e, P_e the mean gate.
+
+    ``made``: which of them are choices, where a token may make fewer; each token counts once.
+    """
     e, tokens = len(gates[0]), [token for token in range(len(gates)) if real[token]]
     share, mean = [0.0] * e, [0.0] * e
     for token in tokens:
-        for expert in experts[token]:
-            share[expert] += 1 / (len(tokens) * experts.shape[1])
+        chosen = experts[token] if made is None else experts[token][made[token]]
+        for expert in chosen:
+            share[expert] += 1 / (len(tokens) * len(chosen))
         for expert in range(e):
             mean[expert] += gates[token][expert] / len(tokens)
     return e * sum(f * p for f, p in zip(share, mean, strict=True))

@@ -42,6 +42,14 @@ CASES = {
     "base": {"router": "base", "top_k": 1},
     "sinkhorn": {"router": "sinkhorn"},
     "quantile": {"router": "quantile"},
+    "dselect_k": {"router": "dselect_k", "losses": {"balance": 0.1, "selector_entropy": 0.1, "selector_reach": 0.1}},
+    "ds_moe": {"router": "ds_moe", "losses": {"balance": 0.1, "mutual_information": 0.5}},
+    "smoe_dropout": {"router": "smoe_dropout", "top_k": 3, "router_options": {"fewest": 2}},
+    "relu": {
+        "router": "relu",
+        "router_options": {"most": 4, "start": 0.1},
+        "losses": {"balance": 0.1, "sparsity": 1.0},
+    },
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{

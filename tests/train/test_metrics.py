@@ -8,7 +8,7 @@ from gshardx.train.metrics import step_scalars
 from gshardx.train.step import StepMetrics
 
 
-def scalars(drop=(0.0, 0.0), load=(1.0, 3.0), tokens=100, seconds=2.0, flops=(10.0, 30.0), peak=1e4):
+def scalars(drop=(0.0, 0.0), load=(1.0, 3.0), tokens=100, seconds=2.0, flops=(10.0, 15.0), peak=1e4):
     """Two layers of 4 experts, top-2."""
     choices = np.full((2, 2), float(tokens))
     zeros, parts = np.zeros(2), np.zeros((2, 8))

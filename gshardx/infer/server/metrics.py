@@ -85,7 +85,7 @@ class ServerCollector(Collector):
             ("accepted_tokens", stats.accepted_tokens, "of these, right"),
             ("retractions", stats.retractions, "sequences that gave up their pages"),
             ("compilations", stats.compilations, "programs compiled while serving; should stay 0"),
-            ("dropped_choices", stats.dropped_choices, "choices of tokens that no expert took; should stay 0"),
+            ("dropped_choices", stats.dropped_choices, "choices that no expert took; 0 unless their number varies"),
             ("refused_requests", self._admission.refused, "requests answered with 429"),
         ):
             yield CounterMetricFamily(f"gshardx_{name}", said, value=value)

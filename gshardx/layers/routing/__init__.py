@@ -6,14 +6,18 @@ from gshardx.layers.routing.choice import Capacity, Priority
 from gshardx.layers.routing.common import RouterBase
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.cosine import CosineRouter
+from gshardx.layers.routing.ds_moe import DsMoeRouter
+from gshardx.layers.routing.dselect_k import DselectKRouter
 from gshardx.layers.routing.expert_choice import ExpertChoiceRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.hash import HashRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.quantile import QuantileRouter
+from gshardx.layers.routing.relu import ReluRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.sinkhorn import SinkhornRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
+from gshardx.layers.routing.smoe_dropout import SmoeDropoutRouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
 from gshardx.layers.routing.statistics import RouterStats
 from gshardx.layers.routing.switch import SwitchRouter
@@ -34,11 +38,18 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "quantile": QuantileRouter,
     "cosine": CosineRouter,
     "adamoe": AdaMoERouter,
+    "relu": ReluRouter,
+    "smoe_dropout": SmoeDropoutRouter,
+    "ds_moe": DsMoeRouter,
+    "dselect_k": DselectKRouter,
 }
 """By the name in ``model.moe.router``."""
 
 __all__ = [
     "BaseRouter",
+    "DselectKRouter",
+    "DsMoeRouter",
+    "SmoeDropoutRouter",
     "Capacity",
     "ExpertChoiceRouter",
     "AdaMoERouter",
@@ -50,6 +61,7 @@ __all__ = [
     "Priority",
     "QuantileRouter",
     "ROUTERS",
+    "ReluRouter",
     "Router",
     "RouterBase",
     "RouterState",

@@ -47,12 +47,6 @@ class AdaMoERouter(LinearRouter):
         shape = width, null_experts or num_experts
         self.nulls = param(rngs.params(), "embed router", shape, jax.nn.initializers.normal(0.02))
 
-    @classmethod
-    def matrices(
-        cls, width: int, num_experts: int, null_experts: int | None = None, **options: Any
-    ) -> list[tuple[int, int]]:
-        return [*super().matrices(width, num_experts), (width, null_experts or num_experts)]
-
     def logits(self, tokens: Float[Array, "g s m"]) -> Float[Array, "g s e_and_n"]:
         return jnp.concatenate([super().logits(tokens), self.product(tokens, self.nulls)], axis=-1)
 

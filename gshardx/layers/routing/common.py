@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -42,21 +43,22 @@ class RouterBase(nnx.Module):
         self.capacity, self.priority = capacity, priority
         self.losses = tuple((self.LOSSES if losses is None else losses).items())
 
-    @classmethod
-    def matrices(cls, width: int, num_experts: int, **options: Any) -> list[tuple[int, int]]:
-        """The shapes of its matrices, which may hang on its options; each is multiplied with every token once."""
-        return []
-
     @property
     def leak(self) -> str | None:
         """How tokens, without an rng, hang on later ones of their row: no decoder serves that. None: they don't."""
         return None if self.capacity.evaluation is None else "an expert may be full, of later tokens too"
+
+    def choices(self, training: bool) -> int:
+        return self.top_k
 
     def initial_state(self) -> RouterState:
         return ()
 
     def after_step(self, state: RouterState) -> RouterState:
         return state
+
+    def after_step_of_layers(self, state: RouterState) -> RouterState:
+        return jax.vmap(self.after_step)(state) if jax.tree.leaves(state) else state
 
     def reading(self, ids: Int[Array, "g s"]) -> Any:
         """Itself, for tokens with these ids."""
@@ -88,8 +90,8 @@ class RouterBase(nnx.Module):
         """
         experts = gating.experts
         counted = gating.valid if counted is None else counted
-        s = experts.shape[1]
-        capacity = self.capacity.slots(s, self.num_experts, self.top_k, training)
+        _, s, k = experts.shape
+        capacity = self.capacity.slots(s, self.num_experts, k, training)
         wanted = jnp.broadcast_to(counted[..., None], experts.shape) if wanted is None else wanted
         slots, load = assign_slots(experts, wanted, self.num_experts, self._priority(gating))
         keep = wanted & accepted

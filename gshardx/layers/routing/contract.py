@@ -23,10 +23,8 @@ Losses = dict[str, Float[Array, ""]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Where each token goes. ``experts``, ``slots``, ``keep`` and ``weights`` are ``[g, s, k]``.
-
-    A choice that is not kept (no slot left, rejected, or padding) has weight 0.
-    """
+    """Where each token goes. ``experts``, ``slots``, ``keep`` and ``weights`` are ``[g, s, k]``. A choice that is
+    not kept (no slot left, rejected, not wanted, or padding) has weight 0."""
 
     experts: Int[Array, "g s k"]
     """``num_experts`` and above: none (a null expert, or no wish), and never kept."""
@@ -51,7 +49,9 @@ class Router(Protocol):
     """Chooses experts.
 
     ``rng`` is a key, or one for each group, in training and None at inference, where a choice depends on its own token
-    alone unless the router has a ``leak``. ``state`` is what ``initial_state`` or the last ``after_step`` gave.
+    alone unless the router has a ``leak``. ``state`` is what ``initial_state`` or the last ``after_step`` gave, which
+    ``after_step_of_layers`` is of the stacked states of layers. ``choices`` is k of a :class:`Routing`: ``top_k``,
+    unless a token's number varies.
     """
 
     num_experts: int
@@ -61,7 +61,9 @@ class Router(Protocol):
     @property
     def leak(self) -> str | None: ...  # why no decoder can be served
 
+    def choices(self, training: bool) -> int: ...
     def initial_state(self) -> RouterState: ...
+    def after_step_of_layers(self, state: RouterState) -> RouterState: ...
 
     def reading(self, ids: Int[Array, "g s"]) -> "Router": ...  # for tokens with these ids
 
@@ -71,4 +73,3 @@ class Router(Protocol):
 
     def after_step(self, state: RouterState) -> RouterState:
         """The state of the next optimizer step, from what the calls of this step left; pure, once a step."""
-        ...

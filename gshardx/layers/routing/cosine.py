@@ -47,10 +47,6 @@ class CosineRouter(TopKRouter):
         self.projection = param(rngs.params(), "embed router", (width, projection), fan_in_normal(width))
         self.temperature = param(rngs.params(), "router", (1,), jax.nn.initializers.constant(math.log(1 / 0.5)))
 
-    @classmethod
-    def matrices(cls, width: int, num_experts: int, projection: int = 256, **options: Any) -> list[tuple[int, int]]:
-        return [(width, projection), *super().matrices(projection, num_experts)]
-
     def logits(self, tokens: Float[Array, "g s m"]) -> Float[Array, "g s e"]:
         """fp32."""
         projected = unit(self.product(tokens, self.projection), axis=-1)

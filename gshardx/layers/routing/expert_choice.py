@@ -56,7 +56,8 @@ class ExpertChoiceRouter(LinearRouter):
         if most is not None and most < top_k * capacity.factor:
             taken = top_k * capacity.factor
             raise BadInput(f"most = {most}: experts take {taken:g} times the tokens; use {math.ceil(taken)} or more")
-        always = dataclasses.replace(capacity, evaluation=capacity.factor)
+        factor = capacity.factor * top_k / num_experts  # of the choices, which are all experts
+        always = dataclasses.replace(capacity, factor=factor, evaluation=factor)
         super().__init__(width, num_experts, top_k, capacity=always, **common)
         self.most, self.smoothness, self.iterations = most, smoothness, iterations
 
@@ -64,12 +65,15 @@ class ExpertChoiceRouter(LinearRouter):
     def leak(self) -> str | None:
         return "experts choose among all tokens of a row, later ones too"
 
+    def choices(self, training: bool) -> int:
+        return self.num_experts
+
     def __call__(
         self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState = ()
     ) -> Routing:
         logits = self.logits(tokens)
         gates = jax.nn.softmax(logits, axis=-1)
-        count = self.capacity.slots(tokens.shape[1], self.num_experts, self.top_k, training=True)
+        count = self.capacity.slots(tokens.shape[1], self.num_experts, self.num_experts, training=True)
         wishes = jnp.log(gates)
         if self.most is not None:
             wishes = capped(gates / self.smoothness, valid, count, self.most, self.iterations)

@@ -27,10 +27,6 @@ class LinearRouter(RouterBase):
         self.kernel = param(rngs.params(), "embed router", (width, num_experts), jax.nn.initializers.normal(0.02))
         self.bias = param(rngs.params(), "router", (num_experts,), jax.nn.initializers.zeros) if bias else None
 
-    @classmethod
-    def matrices(cls, width: int, num_experts: int, **options: Any) -> list[tuple[int, int]]:
-        return [(width, num_experts)]
-
     def logits(self, tokens: Float[Array, "g s m"]) -> Float[Array, "g s e"]:
         """fp32, whatever the tokens are."""
         logits = self.product(tokens, self.kernel)

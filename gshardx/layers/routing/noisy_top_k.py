@@ -47,10 +47,6 @@ class NoisyTopKRouter(LinearRouter):
         super().__init__(width, num_experts, top_k, rngs=rngs, **common)
         self.noise = param(rngs.params(), "embed router", (width, num_experts), jax.nn.initializers.zeros)
 
-    @classmethod
-    def matrices(cls, width: int, num_experts: int, **options: Any) -> list[tuple[int, int]]:
-        return 2 * super().matrices(width, num_experts)
-
     def __call__(
         self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState = ()
     ) -> Routing:

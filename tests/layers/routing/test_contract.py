@@ -10,24 +10,31 @@ from gshardx.layers.routing import (
     BaseRouter,
     Capacity,
     CosineRouter,
+    DselectKRouter,
+    DsMoeRouter,
     GShardRouter,
     NoisyTopKRouter,
     QuantileRouter,
+    ReluRouter,
     SigmoidBiasRouter,
     SinkhornRouter,
     SkyworkRouter,
+    SmoeDropoutRouter,
     SparseMixerRouter,
     SwitchRouter,
     TopKRouter,
 )
 from gshardx.layers.routing.quantile import QuantileState
+from gshardx.layers.routing.relu import SparsityState
 from gshardx.layers.routing.sigmoid_bias import BiasState
+from gshardx.layers.routing.smoe_dropout import ScheduleState
 from tests.layers.routing.cases import M, compiled, data
 
 E, S = 8, 16
 FIXED = Capacity(0.0, minimum=2)
 BIAS = BiasState(jnp.linspace(-0.2, 0.2, E), jnp.zeros(E))
 QUANTILE = QuantileState(jnp.linspace(-0.2, 0.2, E), jnp.zeros(E), jnp.zeros(()))
+SPARSITY = SparsityState(*(jnp.float32(x) for x in (0.5, 3, 2)))
 ROUTERS = {
     "gshard": (GShardRouter, (E, 2), {}, ()),
     "gshard after": (GShardRouter, (E, 2), {"normalise": "after", "priority": "gate"}, ()),
@@ -37,6 +44,10 @@ ROUTERS = {
     "noisy_top_k, drawn": (NoisyTopKRouter, (E, 2), {}, ()),
     "adamoe": (AdaMoERouter, (E, 3), {"null_experts": 2}, ()),
     "cosine": (CosineRouter, (E, 2), {"projection": M}, ()),
+    "ds_moe": (DsMoeRouter, (E, 2), {}, ()),
+    "dselect_k": (DselectKRouter, (E, 2), {"most": 5}, ()),
+    "relu": (ReluRouter, (E, 2), {"most": 5}, (SPARSITY,)),
+    "smoe_dropout": (SmoeDropoutRouter, (E, 4), {"steps": 100, "serve": 2}, (ScheduleState(jnp.int32(50)),)),
     "skywork": (SkyworkRouter, (E, 2), {"spread": 2.0}, ()),
     "base": (BaseRouter, (E,), {}, ()),
     "sinkhorn": (SinkhornRouter, (E, 2), {"iterations": 10}, ()),
@@ -46,14 +57,14 @@ ROUTERS = {
 }
 EVEN = {"base"}
 """Routers that ask no expert in training for more than these slots."""
-SOME = {"adamoe"}
-"""Those whose tokens choose as many experts as they need, up to k."""
+CHANGING = {"adamoe", "dselect_k", "relu", "smoe_dropout"}
+"""Whose tokens want some of their choices only."""
 EACH = ("experts", "slots", "keep", "weights")
 
 
-def route(name, tokens, kernel, valid, training):
+def route(name, tokens, kernel, valid, training, capacity=FIXED):
     make, numbers, options, state = ROUTERS[name]
-    call = compiled(make, *numbers, capacity=FIXED, **options)
+    call = compiled(make, *numbers, capacity=capacity, **options)
     return call(kernel, tokens, valid, jax.random.key(0) if training else None, *state)[0]
 
 
@@ -63,10 +74,13 @@ def test_no_expert_exceeds_its_capacity_and_kept_slots_have_no_holes(name):
     routing = route(name, tokens, kernel, valid, training=True)
     experts, slots, keep = (np.asarray(getattr(routing, field)) for field in ("experts", "slots", "keep"))
     assert routing.capacity == 2
+    wanted = np.broadcast_to(valid[..., None], keep.shape)
+    if name in CHANGING:  # those kept where there is room for all
+        wanted = np.asarray(route(name, tokens, kernel, valid, training=True, capacity=Capacity(None)).keep)
     full = 0
     for g in range(4):
         for expert in range(E):
-            here = (experts[g] == expert) & valid[g][:, None]
+            here = (experts[g] == expert) & wanted[g]
             count = min(2, here.sum())
             assert sorted(slots[g][here & keep[g]]) == list(range(count))
             full += here.sum() > 2
@@ -98,9 +112,10 @@ def test_without_dropping_a_permutation_of_a_group_permutes_its_routing(name):
     assert before.capacity == S
     np.testing.assert_array_equal(np.asarray(before.experts)[:, order], after.experts)
     np.testing.assert_array_equal(np.asarray(before.keep)[:, order], after.keep)
-    wanted = valid[..., None] & (np.asarray(before.experts) < E)
-    np.testing.assert_array_equal(before.keep, wanted)
-    assert name in SOME or (wanted == valid[..., None]).all()
+    kept = np.asarray(before.keep)
+    assert name in CHANGING or (kept == valid[..., None]).all()
+    assert float(before.stats.drop_fraction) == 0
+    assert not np.asarray(before.keep)[~valid].any()
     np.testing.assert_allclose(np.asarray(before.weights)[:, order], after.weights, atol=1e-6)
     for loss in before.losses:
         np.testing.assert_allclose(before.losses[loss], after.losses[loss], rtol=1e-5)
@@ -133,11 +148,10 @@ def test_tokens_are_routed_with_padding_as_without_it(name):
     junk[:, places] = real
     alone = route(name, real, kernel, np.ones((4, 12), bool), training=True)
     padded = route(name, junk, kernel, valid, training=True)
-    np.testing.assert_array_equal(alone.experts, np.asarray(padded.experts)[:, places])
-    some = np.asarray(alone.experts) < E  # a choice of none has a slot that means nothing
-    for field in ("slots", "keep"):
-        one, other = np.asarray(getattr(alone, field)), np.asarray(getattr(padded, field))[:, places]
-        np.testing.assert_array_equal(one[some], other[some])
+    for field in ("experts", "keep"):
+        np.testing.assert_array_equal(getattr(alone, field), np.asarray(getattr(padded, field))[:, places])
+    kept = np.asarray(alone.keep)
+    np.testing.assert_array_equal(np.asarray(alone.slots)[kept], np.asarray(padded.slots)[:, places][kept])
     np.testing.assert_allclose(alone.weights, np.asarray(padded.weights)[:, places], atol=1e-6)
     for loss in alone.losses:
         np.testing.assert_allclose(alone.losses[loss], padded.losses[loss], rtol=1e-5)

@@ -89,6 +89,6 @@ def test_the_load_has_a_gradient_that_spreads_tokens():
 
 def test_the_loss_of_load_needs_a_router_that_draws():
     config = ModelConfig(moe=MoEConfig(losses={"load": 0.1}))
-    with pytest.raises(BadInput, match=r"model\.moe\.losses\.load needs a router that draws noise; use .* noisy_top_k"):
+    with pytest.raises(BadInput, match=r"model\.moe\.losses\.load is no loss of this router; use .* noisy_top_k"):
         check_model(config)
     check_model(dataclasses.replace(config, moe=dataclasses.replace(config.moe, router="noisy_top_k")))

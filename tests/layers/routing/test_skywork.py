@@ -31,7 +31,7 @@ def test_equals_the_loops_in_every_setting(name, seed, kind, padding):
     groups = [oracle.route(logits[g], k, slots, valid[g], **theirs) for g in range(G)]
     assume(min(group.margin for group in groups) > 1e-5)
     assert routing.capacity == slots
-    check(routing, groups)
+    check(routing, groups, scale=options.get("spread", 1.0))
 
 
 @pytest.mark.parametrize("spread", [1.0, 2.5])
