@@ -1,6 +1,6 @@
 """BASE layers' assignment (arXiv 2103.16716) as an auction between tokens, one bid after the other; and the best one.
 
-The constants are the paper's code's (a 50th of the range, at least 1e-4, 100 rounds); the rounding is this project's.
+The step is half that of the paper's code, with as many rounds again; the rounding is this project's.
 """
 
 import math
@@ -19,15 +19,15 @@ def best_sum(affinity):
 
 
 def rounded(affinity):
-    """Integers, 20 to a step, and how far the nearest value is from being rounded otherwise."""
+    """Integers, 10 to a step, and how far the nearest value is from being rounded otherwise."""
     lowest = min(map(min, affinity))
-    unit = max((max(map(max, affinity)) - lowest) / 50, 1e-4) / 20
+    unit = max((max(map(max, affinity)) - lowest) / 100, 1e-4) / 10
     exact = [[(x - lowest) / unit for x in row] for row in affinity]
     margin = min(abs(x - math.floor(x) - 0.5) for row in exact for x in row)
     return [[round(x) for x in row] for row in exact], margin
 
 
-def auction(affinity, limit=100):
+def auction(affinity, limit=200):
     """The expert of each token, for integers; after ``limit`` rounds in haste."""
     tokens, e = len(affinity), len(affinity[0])
     places = math.ceil(tokens / e)
@@ -40,7 +40,7 @@ def auction(affinity, limit=100):
             worth = [a - p for a, p in zip(affinity[token], price, strict=True)]
             first, *others = choice.best(worth, min(e, 2))
             beats = worth[others[0]] if others else -math.inf
-            bid = affinity[token][first] - 2**11 if late else affinity[token][first] - beats + 20
+            bid = affinity[token][first] - 2**11 if late else affinity[token][first] - beats + 10
             held[first].append((-bid, token))
         held = [sorted(bids)[:places] for bids in held]
         placed = {token for bids in held for _, token in bids}
