@@ -23,6 +23,7 @@ LOSSES = (
     "sparsity",
     "selector_entropy",
     "selector_reach",
+    "diversity",
 )
 RouterName = Literal[
     "gshard",
@@ -43,6 +44,7 @@ RouterName = Literal[
     "smoe_dropout",
     "ds_moe",
     "dselect_k",
+    "dynmoe",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -7,7 +7,7 @@ mean gates alone, and padding counts nowhere.
 
 import abc
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ class Gating(NamedTuple):
     """What losses see of a router's decision."""
 
     logits: Float[Array, "g s e"]
-    gates: Float[Array, "g s e"]
-    """fp32; a distribution over experts."""
+    gates: Float[Array, "g s e"]  # fp32; a distribution over experts
     experts: Int[Array, "g s k"]
     valid: Bool[Array, "g s"]
     chances: Float[Array, "g s e"] | None = None  # of each expert to be chosen, where the choice is drawn
     selectors: Float[Array, "g s i e"] | None = None  # what gates are sums of (dselect_k)
     made: Bool[Array, "g s k"] | None = None  # choices that a token makes, where their number varies
+    population: Any = None  # routing.growth.Population, where experts come and go
 
 
 Sums = tuple[Float[Array, "..."], ...]

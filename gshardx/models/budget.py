@@ -35,6 +35,7 @@ from gshardx.layers import Auto, MoE, Ragged
 from gshardx.layers.balance import Gating
 from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.routing import RouterBase
+from gshardx.layers.routing.growth import Population
 from gshardx.models.attention import summed
 from gshardx.models.build import Blueprint, Params
 from gshardx.sharding import Allowance, Budget, bytes_per_device
@@ -111,10 +112,17 @@ def step_budget(
 
 def _has_loss_over_batch(plan: Blueprint, moe: MoE) -> bool:
     g, s, e, k = 1, 8, moe.router.num_experts, moe.router.choices(training=True)
-    numbers = ((g, s, e), jnp.float32)
-    selectors = ((g, s, 1, e), jnp.float32)
-    shapes = [numbers, numbers, ((g, s, k), jnp.int32), ((g, s), jnp.bool_), numbers, selectors]
-    gating: Any = Gating(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))  # type: ignore[arg-type]
+    struct: Any = jax.ShapeDtypeStruct
+    numbers = struct((g, s, e), jnp.float32)
+    gating = Gating(
+        logits=numbers,
+        gates=numbers,
+        experts=struct((g, s, k), jnp.int32),
+        valid=struct((g, s), jnp.bool_),
+        chances=numbers,
+        selectors=struct((g, s, 1, e), jnp.float32),
+        population=Population(columns=struct((1, e), jnp.float32), exists=struct((e,), jnp.bool_)),
+    )
     weighted = {"balance", *plan.config.moe.losses}
     return any(len(jax.eval_shape(loss.sums, gating)) != 2 for name, loss in moe.router.losses if name in weighted)
 
@@ -269,11 +277,12 @@ def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) 
 
 def _small(plan: Blueprint, moe: MoE, z: _Sizes) -> int:
     """Bytes of scalars and statistics: in a training step two vectors over experts for each auxiliary loss and two for
-    telemetry, its other sums (docs/routers), and for each parameter its part of the gradient's norm, twice. The
-    evaluation and inference add up nothing."""
+    telemetry, its other sums (docs/routers), the vectors that its router carries, and for each parameter its part of
+    the gradient's norm, twice. The evaluation and inference add up nothing."""
     if z.step != "train":
         return 0
     vectors = moe.router.num_experts * (2 + 2 * len(plan.config.moe.losses)) + 3 * z.k + 32
+    vectors += sum(leaf.shape[1] for leaf in jax.tree.leaves(plan.router) if len(leaf.shape) == 2)
     scalars = 2 * len(jax.tree.leaves(plan.params)) + 8
     return _FLOAT * (z.moe_layers * vectors + scalars)
 

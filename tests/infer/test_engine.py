@@ -185,6 +185,7 @@ ROUTER_CONFIGS = {
     "top_k in groups": {"router": "top_k", "router_options": {"groups": 4, "groups_kept": 2}},
     "sigmoid_bias": {"router": "sigmoid_bias"},
     "noisy_top_k": {"router": "noisy_top_k"},
+    "dynmoe": {"router": "dynmoe", "top_k": 4, "router_options": {"initial": 6}},
     "adamoe": {"router": "adamoe"},
     "cosine": {"router": "cosine"},
     "skywork": {"router": "skywork"},

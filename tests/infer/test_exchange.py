@@ -6,6 +6,8 @@ import pytest
 
 from gshardx.errors import BadInput
 from gshardx.infer.exchange import choose_exchange, exchanges
+from gshardx.infer.weights import fewer_experts
+from gshardx.models.build import blueprint
 from gshardx.sharding import MeshConfig, build_mesh
 from tests.infer.conftest import MODEL
 
@@ -48,3 +50,11 @@ def test_on_one_device_nothing_is_sent():
 def test_slices_that_would_be_too_narrow_are_refused():
     with pytest.raises(BadInput, match="8 hidden units of an expert do not make 8 slices of 64 or more; use replicate"):
         choose_exchange(config(8), build_mesh(MeshConfig(expert=8)), 4, "sliced")
+
+
+@pytest.mark.parametrize("moe", [{"router": "relu", "losses": {"sparsity": 1.0}}, {"router": "dselect_k"}], ids=str)
+def test_no_draft_has_fewer_experts_where_top_k_bounds_nothing(moe):
+    config, mesh = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, **moe)), build_mesh(MeshConfig())
+    plan, exchange = blueprint(config, 64, mesh), choose_exchange(config, mesh, 1)
+    with pytest.raises(BadInput, match=r"top_k does not bound router .*; use the drafter prompt_lookup"):
+        fewer_experts(plan, 1, mesh, exchange)

@@ -138,6 +138,7 @@ def test_micro_batches_send_as_often_and_a_first_pass_once_more(mesh_config, los
         {"router": "switch", "top_k": 1, "capacity_factor": 2.5},
         {"router": "top_k", "router_options": {"groups": 4, "groups_kept": 2, "priority": "gate"}},
         {"router": "sigmoid_bias", "router_options": {"groups": 4, "groups_kept": 2}, "adaptive_balance": True},
+        {"router": "dynmoe", "top_k": 4, "losses": {"balance": 0.01, "diversity": 0.01}},
         {"router": "adamoe", "top_k": 4, "losses": {"balance": 0.01, "batch": 0.01}},
         {"router": "cosine", "router_options": {"projection": 16}},
         {"router": "smoe_dropout", "top_k": 3, "router_options": {"serve": 2}},
@@ -158,6 +159,13 @@ def test_micro_batches_send_as_often_and_a_first_pass_once_more(mesh_config, los
 )
 def test_every_router_and_dispatcher_keeps_to_it(options, step):
     assert breaches(step, model(**options), MeshConfig(data=2, expert=4)) == []
+
+
+@pytest.mark.sweep
+def test_what_a_router_sums_in_its_state_counts():
+    """DynMoE adds up tokens, which are wider than the slack of narrow models."""
+    wide = dataclasses.replace(model(router="dynmoe", top_k=4), width=1024)
+    assert breaches("train", wide, MeshConfig(data=2, expert=4)) == []
 
 
 @pytest.mark.sweep

@@ -29,6 +29,7 @@ CASES = {
     "switch": {"router": "switch", "top_k": 1, "router_options": {"jitter": 0.3}, "losses": {"balance": 0.3}},
     "sigmoid_bias": {"router": "sigmoid_bias", "losses": {"balance": 0.3, "z": 0.1}, "adaptive_balance": True},
     "noisy_top_k": {"router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}},
+    "dynmoe": {"router": "dynmoe", "top_k": 4, "losses": {"balance": 0.3, "diversity": 0.1}},
     "adamoe": {"router": "adamoe", "top_k": 3, "router_options": {"null_experts": 4}},
     "cosine": {"router": "cosine", "router_options": {"projection": 4}},
     "skywork": {"router": "skywork"},

@@ -8,6 +8,7 @@ from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.cosine import CosineRouter
 from gshardx.layers.routing.ds_moe import DsMoeRouter
 from gshardx.layers.routing.dselect_k import DselectKRouter
+from gshardx.layers.routing.dynmoe import DynMoERouter
 from gshardx.layers.routing.expert_choice import ExpertChoiceRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.hash import HashRouter
@@ -42,6 +43,7 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "smoe_dropout": SmoeDropoutRouter,
     "ds_moe": DsMoeRouter,
     "dselect_k": DselectKRouter,
+    "dynmoe": DynMoERouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -54,6 +56,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "AdaMoERouter",
     "CosineRouter",
+    "DynMoERouter",
     "GShardRouter",
     "HashRouter",
     "Losses",

@@ -24,10 +24,9 @@ Losses = dict[str, Float[Array, ""]]
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """Where each token goes. ``experts``, ``slots``, ``keep`` and ``weights`` are ``[g, s, k]``. A choice that is
-    not kept (no slot left, rejected, not wanted, or padding) has weight 0."""
+    not kept (no slot left, rejected, not wanted, of none: ``num_experts`` and above, or padding) has weight 0."""
 
     experts: Int[Array, "g s k"]
-    """``num_experts`` and above: none (a null expert, or no wish), and never kept."""
     slots: Int[Array, "g s k"]
     """Place among the tokens of this group at this expert; below ``capacity`` wherever ``keep`` is True."""
     keep: Bool[Array, "g s k"]

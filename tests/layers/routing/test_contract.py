@@ -12,6 +12,7 @@ from gshardx.layers.routing import (
     CosineRouter,
     DselectKRouter,
     DsMoeRouter,
+    DynMoERouter,
     GShardRouter,
     NoisyTopKRouter,
     QuantileRouter,
@@ -24,6 +25,7 @@ from gshardx.layers.routing import (
     SwitchRouter,
     TopKRouter,
 )
+from gshardx.layers.routing.growth import start
 from gshardx.layers.routing.quantile import QuantileState
 from gshardx.layers.routing.relu import SparsityState
 from gshardx.layers.routing.sigmoid_bias import BiasState
@@ -42,6 +44,7 @@ ROUTERS = {
     "top_k": (TopKRouter, (E, 3), {"groups": 4, "groups_kept": 2, "renormalise": False}, ()),
     "sigmoid_bias": (SigmoidBiasRouter, (E, 2), {"scale": 2.5}, (BIAS,)),
     "noisy_top_k, drawn": (NoisyTopKRouter, (E, 2), {}, ()),
+    "dynmoe": (DynMoERouter, (E, 4), {}, (start(M, E, 7),)),
     "adamoe": (AdaMoERouter, (E, 3), {"null_experts": 2}, ()),
     "cosine": (CosineRouter, (E, 2), {"projection": M}, ()),
     "ds_moe": (DsMoeRouter, (E, 2), {}, ()),
@@ -57,7 +60,7 @@ ROUTERS = {
 }
 EVEN = {"base"}
 """Routers that ask no expert in training for more than these slots."""
-CHANGING = {"adamoe", "dselect_k", "relu", "smoe_dropout"}
+CHANGING = {"adamoe", "dselect_k", "dynmoe", "relu", "smoe_dropout"}
 """Whose tokens want some of their choices only."""
 EACH = ("experts", "slots", "keep", "weights")
 

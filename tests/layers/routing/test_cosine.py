@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from gshardx.errors import BadInput
 from gshardx.layers.routing import Capacity, CosineRouter
 from tests.layers.routing.cases import DRAWN, G, M, capacity_of, check, compiled, data
-from tests.oracles import choice, cosine
+from tests.oracles import cosine
 from tests.oracles import top_k as oracle
 
 SETTINGS = {
@@ -41,12 +41,11 @@ def test_equals_the_loops_in_every_setting(name, seed, kind, padding):
     slots = capacity_of(capacity, s, e, k, training=True)
     expected = [np.array(cosine.logits(*(x.tolist() for x in (tokens[g], projection, kernel)), log_temperature))
                 for g in range(G)]  # fmt: skip
-    np.testing.assert_allclose(logits, expected, atol=3e-5)
-    groups = [oracle.route(expected[g], k, slots, valid[g], **options) for g in range(G)]
+    np.testing.assert_allclose(logits, expected, atol=2e-5 * min(np.exp(log_temperature), 100))  # P may cancel much
+    groups = [oracle.route(np.asarray(logits[g], np.float64), k, slots, valid[g], **options) for g in range(G)]
     assume(min(group.margin for group in groups) > 1e-5)
-    assume(min(choice.gap(row) for rows in expected for row in rows) > 1e-4)
     assert routing.capacity == slots
-    check(routing, groups, scale=30.0)  # of logits up to 100
+    check(routing, groups, scale=10.0)  # of logits up to 100
 
 
 def test_lengths_have_no_say_and_no_logit_exceeds_the_temperature():
