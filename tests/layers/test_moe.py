@@ -82,10 +82,9 @@ BESIDE = {
 def layer(dispatcher, router="gshard", activation="swiglu", biases=False, beside="nothing", **router_options):
     rngs = nnx.Rngs(0)
     made = ROUTERS[router](**router_options, rngs=rngs)
-    if hasattr(made, "kernel"):
-        made.kernel.set_value(jax.random.normal(jax.random.key(1), (M, E)))
     scale = 0.2 if router == "relu" else 1.0  # its weights are logits: large ones would be large angles for the sine
-    made.kernel.set_value(scale * jax.random.normal(jax.random.key(1), (M, E)))
+    if hasattr(made, "kernel"):
+        made.kernel.set_value(scale * jax.random.normal(jax.random.key(1), (M, E)))
     experts = Experts(E, M, H, activation, biases=biases, rngs=rngs)
     for name in ("b_up", "b_gate", "b_down"):
         bias = getattr(experts, name, None)
