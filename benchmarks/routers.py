@@ -2,7 +2,7 @@
 
     python benchmarks/routers.py --data english.parquet --record routers.jsonl            # one seed of each
     python benchmarks/routers.py --data english.parquet --record routers.jsonl --seeds 3 --routers gshard top_k
-    python benchmarks/routers.py --record routers.jsonl --write docs/routers.md           # the table of what there is
+    python benchmarks/routers.py --record routers.jsonl                                   # the table of what there is
 
 The quickstart's shape on one CPU device. A run that is in the record is not made again, so the table may grow over
 days; losses do not depend on what else the machine does, tokens per second do, and are ratios over the `gshard` run
