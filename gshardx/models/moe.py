@@ -89,7 +89,10 @@ def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> Router:
     common: dict[str, Any] = {"capacity": Capacity(moe.capacity_factor), "losses": losses, "rngs": rngs}
     if "top_k" in inspect.signature(made.__init__).parameters:
         common["top_k"] = moe.top_k
-    router: Router = made(width=width, num_experts=moe.num_experts, **common, **options)
+    try:
+        router: Router = made(width=width, num_experts=moe.num_experts, **common, **options)
+    except BadInput as error:
+        raise BadInput(f"model.moe.router = {moe.router}: {error}") from error
     return router
 
 

@@ -31,12 +31,16 @@ def report(
     say(f"\nvalidation  {scores[BITS_PER_BYTE]:.3f} bits per byte on {documents} held-out document(s), {size:,} bytes")
     if xz is not None:
         say(f"            ({xz:.3f} for xz -9e, which reads the training text first)")
-    if job.config.train.sample_tokens:
+    leak = job.blueprint.bind(job.blueprint.params).stack.router.leak
+    if leak is not None:
+        say(f"no sample   router {job.config.model.moe.router}: {leak}; so these bits are better than the model is")
+    elif job.config.train.sample_tokens:
         say(f"sample      {_sample(job, variables, text)}")
     say(f"goodput     {in_words(goodput.seconds)}")
     say(f"run         {run.path}")
     say(f"resume      {command}")
-    say(f'generate    python -m gshardx.infer generate --run {run.path} --prompt "To be" --max_new_tokens 100')
+    if leak is None:
+        say(f'generate    python -m gshardx.infer generate --run {run.path} --prompt "To be" --max_new_tokens 100')
     say(f"look        python -m gshardx.report {run.path}, or tensorboard --logdir {run.path}")
 
 
