@@ -20,6 +20,9 @@ from gshardx.config import Config
 from gshardx.errors import BadInput
 from gshardx.sharding.startup import keep_compiled, without_an_absent_tpu
 
+_WIDEST = 80
+"""Characters of choices beside a flag in --help."""
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -171,6 +174,9 @@ def _parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file; repeat it to lay one over another")
     parser.add_class_arguments(Config)
+    for action in parser._actions:
+        if isinstance(action.metavar, str) and len(action.metavar) > _WIDEST:  # the type, below, has the choices too
+            action.metavar = action.dest.rsplit(".")[-1].upper()
     return parser
 
 

@@ -99,7 +99,7 @@ def test_an_unknown_section_in_a_file_names_the_nearest_key(tmp_path, text, wron
         ("model.dtype", "float16", "bfloat16"),
         ("model.activation", "tanh", "swiglu"),
         ("model.moe.dispatcher", "scatter", "gather"),
-        ("model.moe.router", "hash", "sigmoid_bias"),
+        ("model.moe.router", "hashed", "sigmoid_bias"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_key_and_value_and_what_fits(tmp_path, key, value, said):

@@ -10,10 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 from gshardx.errors import BadInput
 from gshardx.layers.balance import Sums
 from gshardx.layers.dispatch import Dispatcher
-from gshardx.layers.draws import group_keys, row_keys
+from gshardx.layers.draws import dropout, folded, group_keys, row_keys
 from gshardx.layers.routing import Losses, Router, RouterState, RouterStats
 from gshardx.layers.shared import Beside, nothing
 from gshardx.sharding import shard
+
+_AT_OUTPUT = 2**32 - 1
+"""Where routers fold small numbers into a group's key, the masking of outputs folds this."""
 
 
 class MoEMetrics(NamedTuple):
@@ -78,6 +81,9 @@ class MoE(nnx.Module):
             keys = None if rng is None else group_keys(row_keys(rng, b), t, s)
             router = self.router if ids is None else self.router.reading(ids.reshape(-1, s))
             routing = router(tokens, valid.reshape(-1, s), keys, state)
+            at_output = None if keys is None else folded(keys, _AT_OUTPUT)
+            masked = dropout(routing.weights, at_output, self.router.output_masking)
+            routing = dataclasses.replace(routing, weights=masked)
         choices, kept = (x.reshape(b, t, -1) for x in (routing.experts, routing.keep))
         if self.place is not None:
             routing = dataclasses.replace(routing, experts=self.place[...][routing.experts])

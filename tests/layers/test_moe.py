@@ -250,6 +250,25 @@ def test_inference_is_causal_to_the_bit_and_drops_nothing(router, dispatcher):
     assert np.abs(np.asarray(out - changed)).max() > 1e-3
 
 
+@pytest.mark.parametrize("dispatcher", DISPATCHERS, ids=lambda d: type(d).__name__)
+def test_outputs_are_masked_in_training_alone(dispatcher):
+    """With one choice a token has none of its output, or all of it and as much more as others lack."""
+    whole, masked = (layer(dispatcher, "switch", output_masking=share, jitter=0.0) for share in (0.0, 0.25))
+    x, valid = inputs()
+    (out, _), (other, _) = (jax.jit(moe)(x, valid, jax.random.key(0)) for moe in (whole, masked))
+    there = np.abs(np.asarray(out)).max(-1) > 0
+    left = np.abs(np.asarray(other)).max(-1) > 0
+    assert 0.1 < 1 - left[there].mean() < 0.4
+    np.testing.assert_allclose(np.asarray(other)[left], np.asarray(out)[left] / 0.75, rtol=1e-5, atol=1e-6)
+    (out, _), (other, _) = (jax.jit(moe)(x, valid, None) for moe in (whole, masked))
+    np.testing.assert_array_equal(out, other)
+
+
+def test_a_share_of_masked_outputs_is_below_one():
+    with pytest.raises(BadInput, match=r"output_masking = .*; NLLB has"):
+        layer(Gather(), output_masking=1.0)
+
+
 def test_groups_of_another_size_compete_among_themselves():
     moe = layer(Gather(), capacity=Capacity(0.5))
     moe.group_size = 4

@@ -24,6 +24,8 @@ class RouterBase(nnx.Module):
         capacity: slots of an expert.
         priority: who takes them first.
         losses: auxiliary losses by name.
+        output_masking: share of the choices whose expert's output training leaves out; the others count for more
+            (expert output masking of NLLB, arXiv 2207.04672, which has 0.2).
     """
 
     LOSSES: Mapping[str, Loss] = {"balance": BalanceLoss(), "z": ZLoss()}
@@ -36,11 +38,14 @@ class RouterBase(nnx.Module):
         capacity: Capacity = Capacity(),  # noqa: B008 (frozen)
         priority: Priority = "position",
         losses: Mapping[str, Loss] | None = None,
+        output_masking: float = 0.0,
     ) -> None:
         if top_k > num_experts:
             raise BadInput(f"top_k = {top_k} is more than num_experts = {num_experts}; use {num_experts} or less")
         self.num_experts, self.top_k = num_experts, top_k
-        self.capacity, self.priority = capacity, priority
+        if not 0 <= output_masking < 1:
+            raise BadInput(f"output_masking = {output_masking}: must be 0 or more and below 1; NLLB has 0.2")
+        self.capacity, self.priority, self.output_masking = capacity, priority, output_masking
         self.losses = tuple((self.LOSSES if losses is None else losses).items())
 
     @property

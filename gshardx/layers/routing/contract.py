@@ -56,6 +56,7 @@ class Router(Protocol):
     num_experts: int
     top_k: int
     losses: tuple[tuple[str, Loss], ...]
+    output_masking: float
 
     @property
     def leak(self) -> str | None: ...  # why no decoder can be served
