@@ -4,6 +4,7 @@ import gc
 import os
 from pathlib import Path
 
+MAPS = Path("/proc/self/maps")
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -23,6 +24,15 @@ hypothesis.settings.load_profile("shared machine")
 # Tracing makes millions of objects that are no garbage; looking for it is a twentieth of the time.
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Linux gives a process 65,530 memory maps (vm.max_map_count), a compiled program takes some ten, and at the limit
+    XLA's compiler dies of a segmentation fault."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
