@@ -164,6 +164,10 @@ def main() -> int:
         with args.record.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{name}, seed {seed}: loss {row['loss']:.3f}", file=sys.stderr, flush=True)
+    if not any(row["router"] == "gshard" and row["steps"] == args.steps for row in rows):
+        raise SystemExit(
+            f"{args.record}: no run of gshard with {args.steps} steps to compare with; give --data to make one"
+        )
     text = "\n".join(table([row for row in rows if row["steps"] == args.steps]).markdown())
     if args.write:
         args.write.write_text(filled(args.write.read_text(), "routers", text))

@@ -34,7 +34,7 @@ class ExpertChoiceRouter(LinearRouter):
 
     most: experts that a token goes to, at most, in so far as whole tokens allow it; None: no limit.
     smoothness: lambda of A, 0.001 in the paper.
-    iterations: Dykstra's steps towards A; the paper's 100 stop short of it, so that some tokens go to one or two more.
+    iterations: Dykstra's steps towards A; the paper's 100 stop short of it, so that some tokens go to more.
     """
 
     def __init__(
