@@ -45,6 +45,9 @@ RouterName = Literal[
     "ds_moe",
     "dselect_k",
     "dynmoe",
+    "sentence",
+    "task",
+    "demix",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

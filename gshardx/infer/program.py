@@ -86,7 +86,7 @@ def abstract_state(blueprint: Blueprint, sizes: Sizes, mesh: Mesh) -> DeviceStat
             f"and heads of {width}; use xla"
         )
     return DeviceState(
-        pools=tuple(abstract_pool(kv_dtype, pool, kernel, place, values) for _ in range(config.layers)),
+        pools=tuple(abstract_pool(kv_dtype, pool, kernel, place, values) for _ in range(blueprint.memory_layers)),
         last=place(by_slot, "int32", "batch slot"),
         history=place((*by_slot, blueprint.vocab), "int32", "batch slot model"),
         bias=place((*by_slot, blueprint.vocab), "float32", "batch slot model"),

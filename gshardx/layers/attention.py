@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gshardx.layers.memory import Memory
+from gshardx.layers.memory import Kept, Memory
 from gshardx.layers.norm import RMSNorm
 from gshardx.layers.param import fan_in_normal, param
 from gshardx.layers.reach import Reach
@@ -88,6 +88,7 @@ class Attention(nnx.Module):
         )
         self.sinks = param(rngs.params(), "heads", (heads,), jax.nn.initializers.zeros) if sinks else None
         self.reach, self.nope = Reach(window, chunk, full_every), nope
+        self.heads, self.kept = heads, Kept(kv_heads, head_dim)
         self.l2_epsilon = norm_epsilon if qk_norm == "l2" else None
         self.temperature_floor, self.temperature_scale = temperature_floor, temperature_scale
 

@@ -16,6 +16,7 @@ from gshardx.layers.latent import LatentAttention
 from gshardx.layers.memory import Memory
 from gshardx.layers.moe import MoE, MoEMetrics
 from gshardx.layers.norm import NORMS, Norm
+from gshardx.layers.notes import recalled
 from gshardx.layers.remat import REMAT
 from gshardx.layers.routing import Losses, Router, RouterState
 
@@ -61,14 +62,22 @@ class Block(nnx.Module):
         keys: Array | None,
         state: RouterState,
         ids: Int[Array, "b t"] | None = None,
+        note_layer: int | Int[Array, ""] = -1,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics | None]:
-        """The output, the extended memory, and an MoE block's metrics. ``ids``: of the tokens, as routers may ask."""
+        """The output, the extended memory, and an MoE block's metrics.
+
+        ``ids`` are the tokens', ``note_layer`` is where in the memory an MoE block's notes are: as routers may ask.
+        """
         at_attention, at_output, at_router = (None if keys is None else folded(keys, site) for site in range(3))
         out, memory = self.attention(self.attention_norm(x, self.dtypes[0]), positions, memory, layer)
         x = x + self._branch(out, at_attention).astype(x.dtype)
         normed, metrics = self.feed_forward_norm(x, self.dtypes[1]), None
         if isinstance(self.feed_forward, MoE):
-            out, metrics = self.feed_forward(normed, valid, at_router, state, ids)
+            notes = self.feed_forward.router.noted(normed, ids)
+            if notes is not None:
+                kept, queries = self.attention.kept, self.attention.heads
+                notes, memory = recalled(notes.astype(normed.dtype), memory, note_layer, kept, queries)
+            out, metrics = self.feed_forward(normed, valid, at_router, state, ids, notes)
         else:
             out = self.feed_forward(normed)
         return x + self._branch(out, at_output).astype(x.dtype), memory, metrics
@@ -95,12 +104,13 @@ class Unit(nnx.Module):
         keys: Array | None,
         state: RouterState,
         ids: Int[Array, "b t"] | None = None,
+        note_layer: int | Int[Array, ""] = -1,
     ) -> tuple[Float[Array, "b t m"], Memory, MoEMetrics]:
         metrics = None
         for offset, block in enumerate([*self.dense, self.sparse]):
             layer = first_layer + offset
             own = None if keys is None else folded(keys, layer)
-            x, memory, metrics = block(x, positions, valid, memory, layer, own, state, ids)
+            x, memory, metrics = block(x, positions, valid, memory, layer, own, state, ids, note_layer)
         return x, memory, cast(MoEMetrics, metrics)
 
 
@@ -162,8 +172,9 @@ class Stack(nnx.Module):
         def step(carry, layer):  # type: ignore[no-untyped-def]
             x, memory = carry
             index, unit, state = layer
-            number = self.first + index * blocks
-            x, memory, metrics = nnx.merge(graph, unit)(x, positions, valid, memory, number, keys, state, ids)
+            number, note_layer = self.first + index * blocks, self.first + self.count * blocks + index
+            merged = nnx.merge(graph, unit)
+            x, memory, metrics = merged(x, positions, valid, memory, number, keys, state, ids, note_layer)
             return (x, memory), metrics
 
         layers = (jnp.arange(self.count), params, state)
@@ -201,7 +212,8 @@ class Layers(Stack):
         found = []
         for index, unit in enumerate(self.separate):
             own = jax.tree.map(lambda leaf, index=index: leaf[index], state)
-            first = self.first + index * (len(unit.dense) + 1)
-            x, memory, metrics = unit(x, positions, valid, memory, first, keys, own, ids)
+            blocks = len(unit.dense) + 1
+            first, note_layer = self.first + index * blocks, self.first + self.count * blocks + index
+            x, memory, metrics = unit(x, positions, valid, memory, first, keys, own, ids, note_layer)
             found.append(metrics)
         return x, memory, jax.tree.map(lambda *one_each: jnp.stack(one_each), *found)

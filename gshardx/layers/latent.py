@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gshardx.errors import BadInput
-from gshardx.layers.memory import Memory
+from gshardx.layers.memory import Kept, Memory
 from gshardx.layers.norm import RMSNorm
 from gshardx.layers.param import fan_in_normal, param
 from gshardx.layers.rope import Rope, rotate
@@ -73,6 +73,7 @@ class LatentAttention(nnx.Module):
         check_latent(q_rank=q_rank, kv_rank=kv_rank, rope_dim=rope_dim, nope_dim=nope_dim, value_dim=value_dim)
         rope.frequencies(rope_dim)  # or say what does not fit
         self.rope, self.kv_rank, self.nope_dim = rope, kv_rank, nope_dim
+        self.heads, self.kept = heads, Kept(1, kv_rank + rope_dim, kv_rank)
         self.scale = (nope_dim + rope_dim) ** -0.5 if scale is None else scale
 
         def matrix(axes: str, *shape: int) -> nnx.Param[Array]:

@@ -8,7 +8,7 @@ are.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,17 @@ from gshardx.sharding import shard
 
 Heads = Float[Array, "b t n d"]
 Values = Float[Array, "b t q c"] | int
+
+
+class Kept(NamedTuple):
+    """What inference keeps of a token in a layer: ``heads`` keys of ``width`` entries, and as wide values.
+
+    ``values``: how many of a key's first entries they are instead.
+    """
+
+    heads: int
+    width: int
+    values: int | None = None
 
 
 class Memory(Protocol):

@@ -64,13 +64,14 @@ class MoE(nnx.Module):
         rng: Array | None,
         state: RouterState = (),
         ids: Int[Array, "b t"] | None = None,
+        recalled: Float[Array, "b t n"] | None = None,
     ) -> tuple[Float[Array, "b t m"], MoEMetrics]:
         """Padding (``valid`` False) takes no slot, and no routed expert adds to it.
 
         With ``rng`` None (inference) each row is its own group and, unless the router's capacity says otherwise, has a
         slot for every choice: nothing is dropped, and a token's output depends on no other token; else it is a key, or
         one a row. ``state`` is the router's: ``router.initial_state()`` at first, ``()`` for routers without one.
-        ``ids`` are the tokens', for routers that look at them.
+        ``ids`` are the tokens', and ``recalled`` the means of their documents' notes so far, for routers that ask.
         """
         b, t, m = x.shape
         s = t if rng is None else self.group_size or t
@@ -79,7 +80,8 @@ class MoE(nnx.Module):
         tokens = shard(x.reshape(b * t // s, s, m), "group token model")
         with jax.named_scope("gate"):
             keys = None if rng is None else group_keys(row_keys(rng, b), t, s)
-            router = self.router if ids is None else self.router.reading(ids.reshape(-1, s))
+            grouped = (None if x is None else x.reshape(-1, s, *x.shape[2:]) for x in (ids, recalled))
+            router = self.router.reading(*grouped)
             routing = router(tokens, valid.reshape(-1, s), keys, state)
             at_output = None if keys is None else folded(keys, _AT_OUTPUT)
             masked = dropout(routing.weights, at_output, self.router.output_masking)

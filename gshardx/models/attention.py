@@ -9,6 +9,7 @@ from gshardx.config import ModelConfig
 from gshardx.errors import BadInput
 from gshardx.layers import Attention, LatentAttention, Reach, Rope
 from gshardx.layers.latent import check_latent
+from gshardx.layers.memory import Kept
 from gshardx.models.options import Options, check_options, options_of
 
 KINDS = {"grouped": Attention, "latent": LatentAttention}
@@ -79,17 +80,6 @@ def build_attention(config: ModelConfig, output_scale: float, rngs: nnx.Rngs) ->
         return LatentAttention(config.width, config.heads, **common, **options)
     own = options | {"norm_epsilon": config.norm_epsilon}
     return Attention(config.width, config.heads, config.kv_heads, config.head_dim, **common, **own)
-
-
-class Kept(NamedTuple):
-    """What inference keeps of a token in a layer: ``heads`` keys of ``width`` entries, and as wide values.
-
-    ``values``: how many of a key's first entries they are instead.
-    """
-
-    heads: int
-    width: int
-    values: int | None = None
 
 
 def kept(config: ModelConfig) -> Kept:

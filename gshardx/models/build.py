@@ -46,6 +46,12 @@ class Blueprint:
     vocab: int
 
     @property
+    def memory_layers(self) -> int:
+        """Layers of a memory for decoding: attention's, and after them those of routers' notes."""
+        notes = self.config.moe_layers if self.bind(self.params).stack.router.keeps_notes else 0
+        return self.config.layers + notes
+
+    @property
     def variables(self) -> Variables:
         """Abstract."""
         return Variables(self.params, self.router)

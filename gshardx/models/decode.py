@@ -63,7 +63,7 @@ def abstract_state(blueprint: Blueprint, rows: int, length: int, mesh: Mesh) -> 
     check_causal(blueprint)
     config = blueprint.config
     heads, width, values = kept(config)
-    cache = (config.layers, rows, length, heads, width)
+    cache = (blueprint.memory_layers, rows, length, heads, width)
 
     def place(shape: tuple[int, ...], dtype: str, axes: str) -> Any:
         return abstract_array(shape, jnp.dtype(dtype), axes.split(), mesh, tensor="decode state")

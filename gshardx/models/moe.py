@@ -145,7 +145,7 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
         BadInput: otherwise, with the nearest name or the values that would do.
     """
     known = router_options(moe.router)
-    if moe.router in ("switch", "base") and moe.top_k != 1:
+    if moe.router in ("switch", "base", "demix") and moe.top_k != 1:
         raise BadInput(
             f"model.moe.router = {moe.router} chooses one expert, but model.moe.top_k = {moe.top_k}; use top_k 1"
         )

@@ -197,6 +197,9 @@ ROUTER_CONFIGS = {
     "ds_moe": {"router": "ds_moe"},
     "dselect_k": {"router": "dselect_k"},
     "relu": {"router": "relu", "losses": {"sparsity": 1.0}},
+    "sentence": {"router": "sentence"},
+    "task": {"router": "task", "router_options": {"tags": [1, 2, 3]}},
+    "demix": {"router": "demix", "top_k": 1, "router_options": {"tags": list(range(1, 9))}},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
 }
 

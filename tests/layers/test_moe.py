@@ -16,6 +16,7 @@ from gshardx.layers import (
     BaseRouter,
     Capacity,
     CosineRouter,
+    DemixRouter,
     DselectKRouter,
     DsMoeRouter,
     DynMoERouter,
@@ -33,6 +34,7 @@ from gshardx.layers import (
     Ragged,
     ReluRouter,
     Residual,
+    SentenceRouter,
     Shared,
     SigmoidBiasRouter,
     SinkhornRouter,
@@ -40,6 +42,7 @@ from gshardx.layers import (
     SmoeDropoutRouter,
     SparseMixerRouter,
     SwitchRouter,
+    TaskRouter,
     TopKRouter,
 )
 from gshardx.layers.shared import nothing
@@ -68,6 +71,9 @@ ROUTERS = {
     "base": partial(BaseRouter, M, E, capacity=Capacity(0.5)),
     "sinkhorn": partial(SinkhornRouter, M, E, K, capacity=TIGHT),
     "quantile": partial(QuantileRouter, M, E, K, capacity=TIGHT),
+    "sentence": partial(SentenceRouter, M, E, K, capacity=TIGHT),
+    "task": partial(TaskRouter, M, E, K, tags=list(range(M - 1)), capacity=TIGHT),
+    "demix": partial(DemixRouter, M, E, tags=list(range(E)), capacity=TIGHT),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
 }
 DISPATCHERS = [Einsum(), Gather(), Ragged("padded")]

@@ -52,6 +52,9 @@ CASES = {
         "router_options": {"most": 4, "start": 0.1},
         "losses": {"balance": 0.1, "sparsity": 1.0},
     },
+    "sentence": {"router": "sentence"},
+    "task": {"router": "task", "router_options": {"tags": [1, 2, 3]}},
+    "demix": {"router": "demix", "top_k": 1, "router_options": {"tags": list(range(1, 9))}},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{

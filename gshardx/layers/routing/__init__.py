@@ -6,6 +6,7 @@ from gshardx.layers.routing.choice import Capacity, Priority
 from gshardx.layers.routing.common import RouterBase
 from gshardx.layers.routing.contract import Losses, Router, RouterState, Routing
 from gshardx.layers.routing.cosine import CosineRouter
+from gshardx.layers.routing.demix import DemixRouter
 from gshardx.layers.routing.ds_moe import DsMoeRouter
 from gshardx.layers.routing.dselect_k import DselectKRouter
 from gshardx.layers.routing.dynmoe import DynMoERouter
@@ -15,6 +16,7 @@ from gshardx.layers.routing.hash import HashRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.quantile import QuantileRouter
 from gshardx.layers.routing.relu import ReluRouter
+from gshardx.layers.routing.sentence import SentenceRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.sinkhorn import SinkhornRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
@@ -22,6 +24,7 @@ from gshardx.layers.routing.smoe_dropout import SmoeDropoutRouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
 from gshardx.layers.routing.statistics import RouterStats
 from gshardx.layers.routing.switch import SwitchRouter
+from gshardx.layers.routing.task import TaskRouter
 from gshardx.layers.routing.top_k import TopKRouter
 
 ROUTERS: dict[str, type[RouterBase]] = {
@@ -44,6 +47,9 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "ds_moe": DsMoeRouter,
     "dselect_k": DselectKRouter,
     "dynmoe": DynMoERouter,
+    "sentence": SentenceRouter,
+    "task": TaskRouter,
+    "demix": DemixRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -56,6 +62,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "AdaMoERouter",
     "CosineRouter",
+    "DemixRouter",
     "DynMoERouter",
     "GShardRouter",
     "HashRouter",
@@ -71,10 +78,12 @@ __all__ = [
     "RouterStats",
     "Routing",
     "SecondExpert",
+    "SentenceRouter",
     "SigmoidBiasRouter",
     "SinkhornRouter",
     "SkyworkRouter",
     "SparseMixerRouter",
     "SwitchRouter",
+    "TaskRouter",
     "TopKRouter",
 ]

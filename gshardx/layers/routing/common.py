@@ -65,8 +65,12 @@ class RouterBase(nnx.Module):
     def after_step_of_layers(self, state: RouterState) -> RouterState:
         return jax.vmap(self.after_step)(state) if jax.tree.leaves(state) else state
 
-    def reading(self, ids: Int[Array, "g s"]) -> Any:
-        """Itself, for tokens with these ids."""
+    keeps_notes = False
+
+    def noted(self, tokens: Float[Array, "b t m"], ids: Int[Array, "b t"] | None) -> Float[Array, "b t n"] | None:
+        return None
+
+    def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s n"] | None) -> Any:
         return self
 
     def route(

@@ -65,7 +65,15 @@ class Router(Protocol):
     def initial_state(self) -> RouterState: ...
     def after_step_of_layers(self, state: RouterState) -> RouterState: ...
 
-    def reading(self, ids: Int[Array, "g s"]) -> "Router": ...  # for tokens with these ids
+    @property
+    def keeps_notes(self) -> bool: ...  # or ``noted`` is None
+
+    def noted(self, tokens: Float[Array, "b t m"], ids: Int[Array, "b t"] | None) -> Float[Array, "b t n"] | None:
+        """What later tokens of the same documents are to be told of these."""
+
+    def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s n"] | None) -> "Router":
+        """Itself, for tokens with these ids and means of notes, their own and their documents' earlier ones."""
+        ...
 
     def __call__(
         self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState

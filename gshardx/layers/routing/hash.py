@@ -48,8 +48,8 @@ class HashRouter(RouterBase):
         # As bytes, which hash, as all that is static in a compiled program must.
         self.table = None if counts is None else balanced(counts, num_experts).tobytes()
 
-    def reading(self, ids: Int[Array, "g s"]) -> Any:
-        return partial(self, ids=ids)
+    def reading(self, ids: Int[Array, "g s"] | None, recalled: Any = None) -> Any:
+        return self if ids is None else partial(self, ids=ids)
 
     def __call__(
         self,

@@ -56,7 +56,9 @@ class TopKRouter(LinearRouter):
     def __call__(
         self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState = ()
     ) -> Routing:
-        logits = self.logits(tokens)
+        return self.choose(self.logits(tokens), valid, training=rng is not None)
+
+    def choose(self, logits: Float[Array, "g s e"], valid: Bool[Array, "g s"], *, training: bool) -> Routing:
         gates = jax.nn.softmax(logits, axis=-1)
         open_to = best_groups(logits, self.groups, self.groups_kept, best_of=1)
         experts = top_k(jnp.where(open_to, logits, -jnp.inf), self.top_k)
@@ -67,4 +69,4 @@ class TopKRouter(LinearRouter):
             weights = jnp.ones_like(weights)
         elif self.renormalise:
             weights = normalised(weights)
-        return self.route(Gating(logits, gates, experts, valid), weights * self.scale, training=rng is not None)
+        return self.route(Gating(logits, gates, experts, valid), weights * self.scale, training=training)
