@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections import namedtuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,17 @@ MESH = build_mesh(MeshConfig())
 GREEDY = SamplingOptions(temperature=0.0)
 
 
+Made = namedtuple("Made", "plan variables probabilities")
+
+
 @pytest.fixture(scope="module")
 def made():
     """Larger weights than drawn ones, so that domains differ."""
     plan = blueprint(MODEL, VOCAB, MESH)
-    return plan, Variables(jax.tree.map(lambda p: 2 * p, plan.init(jax.random.key(0))), plan.init_router())
+    variables = Variables(jax.tree.map(lambda p: 2 * p, plan.init(jax.random.key(0))), plan.init_router())
+    return Made(plan, variables, jax.jit(functools.partial(full_pass, plan)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def full_pass(plan, variables, row, real):
     model = plan.bind(variables.params)
     places = jnp.arange(row.shape[1])[None]
@@ -43,7 +47,7 @@ def chance_of(made, tokens):
     """The model's probabilities of what follows each token of one row."""
     row, real = np.zeros((2, 1, 16), np.int32)
     row[0, : len(tokens)], real[0, : len(tokens)] = tokens, 1
-    return np.asarray(full_pass(*made, row, real)).astype(float)
+    return np.asarray(made.probabilities(made.variables, row, real)).astype(float)
 
 
 def by_bayes(made, text, prior):
@@ -64,7 +68,7 @@ def by_bayes(made, text, prior):
 def test_scores_are_those_of_bayes_rule(made, prior):
     texts = np.random.default_rng(0).integers(0, 17, (2, 9)).astype(np.int32)
     valid = np.arange(9) < np.asarray([[9], [5]])
-    log_p, chances = DomainMixture(*made, MESH, length=10, prior=prior).score(texts, valid)
+    log_p, chances = DomainMixture(*made[:2], MESH, length=10, prior=prior).score(texts, valid)
     for row, length in enumerate((9, 5)):
         expected, weights, _ = by_bayes(made, texts[row, :length], prior or [1 / 3] * 3)
         np.testing.assert_allclose(log_p[row, :length], expected, rtol=1e-4)
@@ -75,7 +79,7 @@ def test_scores_are_those_of_bayes_rule(made, prior):
 
 def test_greedy_text_is_the_mixtures_best_token_each_time(made):
     prompts = np.random.default_rng(1).integers(0, 17, (2, 4)).astype(np.int32)
-    drawn = DomainMixture(*made, MESH, length=12).generate(prompts, 6, GREEDY)
+    drawn = DomainMixture(*made[:2], MESH, length=12).generate(prompts, 6, GREEDY)
     for row, prompt in enumerate(prompts):
         text = list(prompt)
         for token in drawn[row]:
@@ -91,7 +95,7 @@ def test_one_certain_domain_is_that_domain(made):
 
 
 def test_what_does_not_fit_is_refused(made):
-    plan, variables = made
+    plan, variables, _ = made
     mixture = DomainMixture(plan, variables, MESH, length=10)
     text = np.zeros((1, 10), np.int32)
     with pytest.raises(BadInput, match="over the length of 10"):
