@@ -15,7 +15,11 @@ from gshardx.layers.routing import ROUTERS
 from gshardx.layers.routing.linear import LinearRouter
 from gshardx.models.moe import build_moe, check_router_options, dispatcher_reason, router_matrices, router_options
 
-NEEDED = {"relu": {"losses": {"sparsity": 1.0}}}
+NEEDED = {
+    "relu": {"losses": {"sparsity": 1.0}},
+    "task": {"router_options": {"tags": [1, 2]}},
+    "demix": {"router_options": {"tags": list(range(8))}},
+}
 """What a router is not built without."""
 
 
