@@ -35,7 +35,7 @@ def test_equals_the_loops_in_every_setting(name, training, seed, kind, padding):
     routing, logits = call(kernel, tokens, valid, jax.random.key(0) if training else None)
     slots = capacity_of(capacity, s, e, 1, training)
     groups = [oracle.route(np.asarray(logits[g]), slots, valid[g], training=training, **options) for g in range(G)]
-    assume(min(group.margin for group in groups) > 3e-4)  # of units of 1 in 1000, which fp32 has to 1e-4
+    assume(min(group.margin for group in groups) > 3e-4)  # of units of 1 in 2000, which fp32 has to 1e-4
     assert routing.capacity == slots
     check(routing, groups)
 
@@ -56,9 +56,13 @@ def assigned(affinity, valid):
 
 @pytest.mark.parametrize("kind", AFFINITIES)
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), real=st.sampled_from([128, 128, 61]))
-def test_the_sum_is_within_a_hundredth_of_the_best_and_loads_are_even(kind, seed, real):
-    s, e = 128, 8
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    real=st.sampled_from([128, 128, 61]),
+    e=st.sampled_from([8, 64]),  # with two tokens an expert the best sum is the least forgiving
+)
+def test_the_sum_is_within_a_hundredth_of_the_best_and_loads_are_even(kind, seed, real, e):
+    s = 128
     draw = np.random.default_rng(seed)
     affinity = AFFINITIES[kind](draw, s, e).astype(np.float32)[None]
     valid = np.zeros((1, s), bool)
@@ -70,14 +74,16 @@ def test_the_sum_is_within_a_hundredth_of_the_best_and_loads_are_even(kind, seed
     assert affinity[valid][np.arange(real), experts].sum() >= 0.99 * oracle.best_sum(affinity[valid])
 
 
-def test_an_auction_that_takes_too_long_is_finished_evenly_and_near_the_best():
+def test_an_auction_that_takes_too_long_is_finished_evenly_and_near_the_best(monkeypatch):
     """Few places an expert and a strong skew: 200 rounds do not place every token."""
+    monkeypatch.setattr("gshardx.layers.routing.base._ROUNDS", 200)
     s, e = 256, 64
     affinity = AFFINITIES["skewed"](np.random.default_rng(10), s, e)
     whole, _ = oracle.rounded(affinity.tolist())
     everyone = np.ones((1, s), bool)
-    experts = np.asarray(assigned(affinity.astype(np.float32)[None], everyone))[0]
-    np.testing.assert_array_equal(experts, oracle.auction(whole))
+    in_haste = jax.jit(lambda affinity: assignment(units(affinity, everyone), everyone)[..., 0])
+    experts = np.asarray(in_haste(affinity.astype(np.float32)[None]))[0]
+    np.testing.assert_array_equal(experts, oracle.auction(whole, limit=200))
     assert (experts != oracle.auction(whole, limit=10_000)).any(), "it must have taken too long"
     np.testing.assert_array_equal(np.bincount(experts, minlength=e), np.full(e, s // e))
     assert affinity[np.arange(s), experts].sum() >= 0.99 * oracle.best_sum(affinity)
