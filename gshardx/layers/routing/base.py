@@ -8,8 +8,8 @@
 An auction finds the assignment. Each round the tokens without a place bid for the expert with the largest a - price,
 and bid that expert's price plus what it is better than the next best, plus a step. An expert keeps the highest
 ceil(tokens / E) bids; once it has as many, its price is the lowest of them. The step is a 200th of the range of a,
-at least 1e-4, and after 1000 rounds the rest is finished faster: tokens left go where there is room. In the paper's code
-it is a 50th and 100 rounds, and experts bid for tokens; with tokens that bid for equal places (Bertsekas and Castanon,
+at least 1e-4, and after 1000 rounds the rest is finished faster: tokens left go where there is room. The paper's code
+has a 50th and 100 rounds, and experts bid for tokens; with tokens that bid for equal places (Bertsekas and Castanon,
 Parallel Computing 12:1) a round sorts s numbers and not e s, and E need not divide the tokens.
 """
 
@@ -32,8 +32,7 @@ _STEP = 10
 Tokens whose affinities differ by rounding alone are then equal, on any mesh, and the earlier one goes first."""
 _SMALLEST_STEP = 1e-4
 _STEPS = 200
-"""In the range. Half as many, and 200 rounds, came to 0.977 of the best sum with two tokens an expert (copies of tokens), and to
-0.985 with one; these to 0.993 and more."""
+"""In the range. With half as many, and 200 rounds, sums of two tokens an expert fell below 0.99 of the best."""
 _ROUNDS = 1000
 _BELOW = 2**11
 """More than all affinities: bids of tokens that are left stay below those of the auction."""
