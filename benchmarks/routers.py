@@ -52,6 +52,7 @@ def options(name: str) -> dict[str, Any]:
         "sinkhorn": {"losses": "{balance: 0.0}"},
         "hash": {"losses": "{balance: 0.0}"},
         "noisy_top_k": {"losses": "{importance: 0.1, load: 0.1}"},
+        "soft_moe": {"router_options": "{slots: 32}", "losses": "{balance: 0.0}"},  # as many as choices of 128 tokens
         "expert_choice": {"capacity_factor": 1.0, "losses": "{balance: 0.0}"},
     }
     return {"router": name, **own.get(name, {})}

@@ -45,6 +45,7 @@ RouterName = Literal[
     "ds_moe",
     "dselect_k",
     "dynmoe",
+    "soft_moe",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

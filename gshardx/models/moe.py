@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -69,15 +69,15 @@ def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
     """What the dispatcher is in training, and why, in a line."""
     if moe.dispatcher != "auto":
         return f"{moe.dispatcher}: model.moe.dispatcher says so"
+    if ROUTERS[moe.router].MIXES:
+        return f"mixing: router {moe.router} puts every token in every slot"
     group = moe.group_size or sequence_length
-    k = training_choices(moe)
-    slots = Capacity(moe.capacity_factor).slots(group, moe.num_experts, k, training=True)
     return choose_dispatcher(
         group=group,
         hidden=moe.hidden,
         num_experts=moe.num_experts,
-        top_k=k,
-        dropless=slots == group,
+        top_k=training_choices(moe),
+        dropless=training_slots(moe, group) == group,
     ).reason
 
 
@@ -101,13 +101,19 @@ def training_choices(moe: MoEConfig) -> int:
     return _abstract_router(moe, 1).choices(training=True)
 
 
+def training_slots(moe: MoEConfig, group: int) -> int:
+    """Of an expert for a group of so many tokens."""
+    router = _abstract_router(moe, 1)
+    return router.capacity.slots(group, moe.num_experts, router.choices(training=True), training=True)
+
+
 def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
     """The sides of each matrix of a router, the tokens' first; each is multiplied with every token once."""
     parameters = jax.tree.leaves(nnx.state(_abstract_router(config.moe, config.width), nnx.Param))
     return [(p.shape[0], p.shape[1]) for p in parameters if len(p.shape) == 2]
 
 
-def _abstract_router(moe: MoEConfig, width: int) -> Router:
+def _abstract_router(moe: MoEConfig, width: int) -> RouterBase:
     options = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in moe.router_options.items())
     factor, losses = moe.capacity_factor, tuple(moe.losses.items())
     return _traced_router(moe.router, moe.num_experts, moe.top_k, factor, options, losses, width)
@@ -122,11 +128,11 @@ def _traced_router(
     options: tuple[Any, ...],
     losses: tuple[Any, ...],
     width: int,
-) -> Router:
+) -> RouterBase:
     """Traced once: a search for a plan asks thousands of times, and it takes 7 ms."""
     given = {option: list(x) if isinstance(x, tuple) else x for option, x in options}
     moe = MoEConfig(num_experts, top_k, router=name, router_options=given, losses=dict(losses), capacity_factor=factor)
-    return nnx.eval_shape(lambda: build_router(moe, width, nnx.Rngs(0)))
+    return cast(RouterBase, nnx.eval_shape(lambda: build_router(moe, width, nnx.Rngs(0))))
 
 
 def router_options(name: str) -> Options:
@@ -162,6 +168,11 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
     if moe.router == "relu" and "sparsity" not in moe.losses:
         raise BadInput(
             "model.moe.router = relu: nothing but its loss makes it sparse; set model.moe.losses.sparsity to 1.0"
+        )
+    if ROUTERS[moe.router].MIXES and moe.dispatcher in ("gather", "ragged"):
+        raise BadInput(
+            f"model.moe.dispatcher = {moe.dispatcher} puts one token in a slot, where router {moe.router} mixes all; "
+            "use auto"
         )
     for name in {"device", "communication"} & set(moe.losses):
         if "groups" not in known:

@@ -19,6 +19,7 @@ from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.sinkhorn import SinkhornRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
 from gshardx.layers.routing.smoe_dropout import SmoeDropoutRouter
+from gshardx.layers.routing.soft_moe import SoftMoERouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
 from gshardx.layers.routing.statistics import RouterStats
 from gshardx.layers.routing.switch import SwitchRouter
@@ -44,6 +45,7 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "ds_moe": DsMoeRouter,
     "dselect_k": DselectKRouter,
     "dynmoe": DynMoERouter,
+    "soft_moe": SoftMoERouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -74,6 +76,7 @@ __all__ = [
     "SigmoidBiasRouter",
     "SinkhornRouter",
     "SkyworkRouter",
+    "SoftMoERouter",
     "SparseMixerRouter",
     "SwitchRouter",
     "TopKRouter",

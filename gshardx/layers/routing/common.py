@@ -28,6 +28,8 @@ class RouterBase(nnx.Module):
             (expert output masking of NLLB, arXiv 2207.04672, which has 0.2).
     """
 
+    MIXES = False
+    """Whether its routings are ``mixed``."""
     LOSSES: Mapping[str, Loss] = {"balance": BalanceLoss(), "z": ZLoss()}
 
     def __init__(
