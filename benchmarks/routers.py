@@ -52,6 +52,13 @@ def options(name: str) -> dict[str, Any]:
         "sinkhorn": {"losses": "{balance: 0.0}"},
         "hash": {"losses": "{balance: 0.0}"},
         "noisy_top_k": {"losses": "{importance: 0.1, load: 0.1}"},
+        "relu": {"losses": "{balance: 0.01, sparsity: 1.0}"},
+        "stable": {
+            "top_k": 1,
+            "hidden": HIDDEN * TOP_K,
+            "router_options": "{steps: 80}",  # a tenth of the quickstart's
+            "losses": "{balance: 0.3, distillation: 0.3}",
+        },
         "soft_moe": {"router_options": "{slots: 32}", "losses": "{balance: 0.0}"},  # as many as choices of 128 tokens
         "expert_choice": {"capacity_factor": 1.0, "losses": "{balance: 0.0}"},
     }

@@ -24,6 +24,7 @@ LOSSES = (
     "selector_entropy",
     "selector_reach",
     "diversity",
+    "distillation",
 )
 RouterName = Literal[
     "gshard",
@@ -46,6 +47,7 @@ RouterName = Literal[
     "dselect_k",
     "dynmoe",
     "soft_moe",
+    "stable",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -42,6 +42,7 @@ from gshardx.layers.routing import (
     SmoeDropoutRouter,
     SoftMoERouter,
     SparseMixerRouter,
+    StableRouter,
     SwitchRouter,
     TopKRouter,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "SkyworkRouter",
     "SoftMoERouter",
     "SparseMixerRouter",
+    "StableRouter",
     "Stack",
     "SwitchRouter",
     "TopKRouter",

@@ -121,6 +121,7 @@ def _has_loss_over_batch(plan: Blueprint, moe: MoE) -> bool:
         valid=struct((g, s), jnp.bool_),
         chances=numbers,
         selectors=struct((g, s, 1, e), jnp.float32),
+        distilled=numbers,
         population=Population(columns=struct((1, e), jnp.float32), exists=struct((e,), jnp.bool_)),
     )
     weighted = {"balance", *plan.config.moe.losses}

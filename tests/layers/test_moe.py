@@ -41,6 +41,7 @@ from gshardx.layers import (
     SmoeDropoutRouter,
     SoftMoERouter,
     SparseMixerRouter,
+    StableRouter,
     SwitchRouter,
     TopKRouter,
 )
@@ -72,6 +73,7 @@ ROUTERS = {
     "quantile": partial(QuantileRouter, M, E, K, capacity=TIGHT),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
     "soft_moe": partial(SoftMoERouter, M, E, slots=3),
+    "stable": partial(StableRouter, M, E, dimension=4, vocab=100, capacity=TIGHT),
 }
 DISPATCHERS = [Einsum(), Gather(), Ragged("padded")]
 MIXING = [Einsum(), Mixing(), Mixing()]

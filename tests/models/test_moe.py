@@ -23,14 +23,14 @@ from gshardx.models.moe import (
     training_slots,
 )
 
-NEEDED = {"relu": {"losses": {"sparsity": 1.0}}}
+NEEDED = {"relu": {"losses": {"sparsity": 1.0}}, "stable": {"losses": {"distillation": 0.3}}}
 """What a router is not built without."""
 
 
 def built(**moe):
     moe = {"num_experts": 8, "hidden": 8, **NEEDED.get(moe.get("router"), {}), **moe}
     config = ModelConfig(width=16, moe=MoEConfig(**moe))
-    return nnx.eval_shape(lambda: build_moe(config, 1.0, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: build_moe(config, 1.0, nnx.Rngs(0), vocab=100))
 
 
 def complaint(**moe):
@@ -119,7 +119,7 @@ def test_an_integer_will_do_for_a_float():
 def test_options_are_those_of_the_class_and_its_base(name):
     options = router_options(name)
     assert {"priority", *(["bias"] if issubclass(ROUTERS[name], LinearRouter) else [])} <= set(options)
-    assert not {"rngs", "width", "losses", "capacity", "self"} & set(options)
+    assert not {"rngs", "width", "losses", "capacity", "self", "vocab"} & set(options)
 
 
 def test_dispatchers_and_dense_networks_by_name():

@@ -54,6 +54,7 @@ CASES = {
     },
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
     "soft_moe": {"router": "soft_moe", "router_options": {"slots": 2}},
+    "stable": {"router": "stable", "top_k": 1, "losses": {"balance": 0.3, "distillation": 0.3}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{
         name: {"router": "top_k", "router_options": GROUPS, "losses": {"balance": 0.1, name: 0.5}}

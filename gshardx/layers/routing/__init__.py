@@ -21,6 +21,7 @@ from gshardx.layers.routing.skywork import SkyworkRouter
 from gshardx.layers.routing.smoe_dropout import SmoeDropoutRouter
 from gshardx.layers.routing.soft_moe import SoftMoERouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
+from gshardx.layers.routing.stable import StableRouter
 from gshardx.layers.routing.statistics import RouterStats
 from gshardx.layers.routing.switch import SwitchRouter
 from gshardx.layers.routing.top_k import TopKRouter
@@ -46,6 +47,7 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "dselect_k": DselectKRouter,
     "dynmoe": DynMoERouter,
     "soft_moe": SoftMoERouter,
+    "stable": StableRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -78,6 +80,7 @@ __all__ = [
     "SkyworkRouter",
     "SoftMoERouter",
     "SparseMixerRouter",
+    "StableRouter",
     "SwitchRouter",
     "TopKRouter",
 ]
