@@ -29,7 +29,7 @@ from timing import Table, goal, ratio, take_turns
 from gshardx.config import ModelConfig, MoEConfig
 from gshardx.layers.routing import ROUTERS
 from gshardx.layers.routing.hash import hashed
-from gshardx.models.moe import build_moe
+from gshardx.models.moe import NEEDED, build_moe
 from gshardx.sharding import MeshConfig, build_mesh, simulate_devices
 
 DEVICES, HOT = 8, 6.0
@@ -100,8 +100,9 @@ DISPATCHERS: dict[str, dict[str, Any]] = {
 
 
 def config(sizes: Sizes, **moe: Any) -> ModelConfig:
-    top_k = 1 if moe.get("router") in ("switch", "base") else 2
-    options = {"num_experts": sizes.experts, "hidden": sizes.hidden, "top_k": top_k, **moe}
+    top_k = 1 if moe.get("router") in ("switch", "base", "stable") else 2
+    losses = {name: weight for router, (name, weight, _) in NEEDED.items() if router == moe.get("router")}
+    options = {"num_experts": sizes.experts, "hidden": sizes.hidden, "top_k": top_k, "losses": losses, **moe}
     return ModelConfig(width=sizes.width, moe=MoEConfig(**options))
 
 
@@ -109,7 +110,7 @@ def layer(sizes: Sizes, mesh: Any, **moe: Any) -> Subject:
     """Training's forward pass, and backward on demand; the statistics are ``found.stats``."""
 
     def build() -> nnx.Module:
-        return build_moe(config(sizes, **moe), 1.0, nnx.Rngs(0))
+        return build_moe(config(sizes, **moe), 1.0, nnx.Rngs(0), vocab=64 * sizes.experts)  # the ids of inputs()
 
     def call(module: Any, x: jax.Array) -> Any:
         ids = x[..., -1].astype(jnp.int32)

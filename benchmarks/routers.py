@@ -67,6 +67,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dselect_k": {"losses": "{selector_entropy: 0.001, selector_reach: 1.0}"},
     "dynmoe": {"losses": "{balance: 0.01, diversity: 0.01}"},
     "sentence": {"capacity_factor": "null"},
+    "soft_moe": UNWEIGHED | {"router_options": "{slots: 32}"},  # as many as choices of 128 tokens
+    "stable": WIDE | {"router_options": "{steps: 80}", "losses": "{balance: 0.3, distillation: 0.3}"},
 }
 """Of ``model.moe``; what is not there is the quickstart's."""
 

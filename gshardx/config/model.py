@@ -24,6 +24,7 @@ LOSSES = (
     "selector_entropy",
     "selector_reach",
     "diversity",
+    "distillation",
 )
 RouterName = Literal[
     "gshard",
@@ -48,6 +49,8 @@ RouterName = Literal[
     "sentence",
     "task",
     "demix",
+    "soft_moe",
+    "stable",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -3,7 +3,7 @@
 from gshardx.layers.attention import Attention
 from gshardx.layers.block import Block, Layers, Stack, Unit
 from gshardx.layers.dense import Dense
-from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Ragged, choose_dispatcher
+from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Mixing, Ragged, choose_dispatcher
 from gshardx.layers.embed import Embedding, Unembedding
 from gshardx.layers.experts import Experts, FeedForward
 from gshardx.layers.kernel_pages import KernelPages, has_kernel, kernel_attention
@@ -42,7 +42,9 @@ from gshardx.layers.routing import (
     SinkhornRouter,
     SkyworkRouter,
     SmoeDropoutRouter,
+    SoftMoERouter,
     SparseMixerRouter,
+    StableRouter,
     SwitchRouter,
     TaskRouter,
     TopKRouter,
@@ -88,6 +90,7 @@ __all__ = [
     "MergedExperts",
     "MoE",
     "MoEMetrics",
+    "Mixing",
     "NORMS",
     "NoisyTopKRouter",
     "Packed",
@@ -108,7 +111,9 @@ __all__ = [
     "SigmoidBiasRouter",
     "SinkhornRouter",
     "SkyworkRouter",
+    "SoftMoERouter",
     "SparseMixerRouter",
+    "StableRouter",
     "Stack",
     "SwitchRouter",
     "TopKRouter",

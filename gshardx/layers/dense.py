@@ -29,6 +29,7 @@ class Dense:
     """
 
     def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Shown:
+        routing.check_whole("Dense")
         return Shown(tokens, routing.experts, jnp.where(routing.keep, routing.weights, 0.0), routing.input_weights)
 
     def combine(self, expert_out: Float[Array, "g s m"], routing: Routing) -> Float[Array, "g s m"]:

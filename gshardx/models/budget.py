@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 
 from gshardx.layers import Auto, MoE, Ragged
 from gshardx.layers.balance import Gating
-from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
+from gshardx.layers.dispatch import Dispatcher, Mixing, choose_dispatcher
 from gshardx.layers.routing import RouterBase
 from gshardx.layers.routing.growth import Population
 from gshardx.models.attention import summed
@@ -121,6 +121,7 @@ def _has_loss_over_batch(plan: Blueprint, moe: MoE) -> bool:
         valid=struct((g, s), jnp.bool_),
         chances=numbers,
         selectors=struct((g, s, 1, e), jnp.float32),
+        distilled=numbers,
         population=Population(columns=struct((1, e), jnp.float32), exists=struct((e,), jnp.bool_)),
     )
     weighted = {"balance", *plan.config.moe.losses}
@@ -183,9 +184,11 @@ def _counted(op: str, count: int, most: int, narrowest: float = 1.0) -> Allowanc
 
 
 def _dispatcher(moe: MoE, z: _Sizes) -> Dispatcher:
+    router = cast(RouterBase, moe.router)
     if not isinstance(moe.dispatcher, Auto):
         return moe.dispatcher
-    router = moe.router
+    if router.MIXES:
+        return Mixing(moe.dispatcher.wire)
     return choose_dispatcher(
         group=z.s,
         hidden=moe.dispatcher.hidden,

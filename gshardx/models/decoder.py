@@ -51,7 +51,7 @@ class Decoder(nnx.Module):
         options = decoder_options(config)
         self.embedding = Embedding(vocab, config.width, rngs=rngs)
         first = config.moe.dense_first
-        self.stack = stack(lambda rngs: _unit(config, rngs), config.moe_layers, config.remat, first, rngs=rngs)
+        self.stack = stack(lambda rngs: _unit(config, vocab, rngs), config.moe_layers, config.remat, first, rngs=rngs)
         self.final_norm = NORMS[options.norm](config.width, rngs=rngs, epsilon=config.norm_epsilon)
         self.unembedding = None if config.tie_embeddings else Unembedding(vocab, config.width, rngs=rngs)
         self.first = nnx.List([_dense(config, rngs) for _ in range(first)])
@@ -107,8 +107,8 @@ def _dtype(config: ModelConfig, part: str) -> str:
     return "float32" if part in config.float32 else config.dtype
 
 
-def _unit(config: ModelConfig, rngs: nnx.Rngs) -> Unit:
-    sparse = build_moe(config, _output_scale(config), rngs)
+def _unit(config: ModelConfig, vocab: int, rngs: nnx.Rngs) -> Unit:
+    sparse = build_moe(config, _output_scale(config), rngs, vocab)
     dense = [_dense(config, rngs) for _ in range(config.moe.every - 1)]
     return Unit(dense, _block(config, build_attention(config, _output_scale(config), rngs), sparse, "experts", rngs))
 

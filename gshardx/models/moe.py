@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -31,14 +31,18 @@ from gshardx.layers.routing.ds_moe import MutualInformationLoss
 from gshardx.layers.shared import Beside, nothing
 from gshardx.models.options import Options, check_options
 
-_FROM_CONFIG = {"self", "width", "num_experts", "top_k", "capacity", "losses", "rngs", "common"}
+_FROM_CONFIG = {"self", "width", "num_experts", "top_k", "capacity", "losses", "vocab", "rngs", "common"}
 
 
-def build_moe(config: ModelConfig, output_scale: float, rngs: nnx.Rngs) -> MoE:
-    """The sparse layer of ``config``."""
+NEEDED = {"relu": ("sparsity", 1.0, "makes it sparse"), "stable": ("distillation", 0.3, "teaches its second stage")}
+"""The loss without which a router is not what it is, its weight, and what it does."""
+
+
+def build_moe(config: ModelConfig, output_scale: float, rngs: nnx.Rngs, vocab: int | None = None) -> MoE:
+    """The sparse layer of ``config``; ``vocab`` for routers that learn something of each id."""
     moe = config.moe
     return MoE(
-        build_router(moe, config.width, rngs),
+        build_router(moe, config.width, rngs, vocab),
         build_dispatcher(moe),
         Experts(
             moe.num_experts,
@@ -69,26 +73,26 @@ def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
     """What the dispatcher is in training, and why, in a line."""
     if moe.dispatcher != "auto":
         return f"{moe.dispatcher}: model.moe.dispatcher says so"
+    if ROUTERS[moe.router].MIXES:
+        return f"mixing: router {moe.router} puts every token in every slot"
     group = moe.group_size or sequence_length
-    k = training_choices(moe)
-    slots = Capacity(moe.capacity_factor).slots(group, moe.num_experts, k, training=True)
     return choose_dispatcher(
         group=group,
         hidden=moe.hidden,
         num_experts=moe.num_experts,
-        top_k=k,
-        dropless=slots == group,
+        top_k=training_choices(moe),
+        dropless=training_slots(moe, group) == group,
     ).reason
 
 
-def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> Router:
+def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs, vocab: int | None = None) -> Router:
     """Raises BadInput for options that the router does not have."""
     made: Any = ROUTERS[moe.router]
     options = check_router_options(moe)
     losses = dict(made.LOSSES) | {name: _loss(name, moe) for name in moe.losses if name not in made.LOSSES}
     common: dict[str, Any] = {"capacity": Capacity(moe.capacity_factor), "losses": losses, "rngs": rngs}
-    if "top_k" in inspect.signature(made.__init__).parameters:
-        common["top_k"] = moe.top_k
+    own = {"top_k": moe.top_k, "vocab": vocab}
+    common |= {name: own[name] for name in own.keys() & inspect.signature(made.__init__).parameters.keys()}
     try:
         router: Router = made(width=width, num_experts=moe.num_experts, **common, **options)
     except BadInput as error:
@@ -101,13 +105,30 @@ def training_choices(moe: MoEConfig) -> int:
     return _abstract_router(moe, 1).choices(training=True)
 
 
+def training_slots(moe: MoEConfig, group: int) -> int:
+    """Of an expert for a group of so many tokens."""
+    router = _abstract_router(moe, 1)
+    return router.capacity.slots(group, moe.num_experts, router.choices(training=True), training=True)
+
+
 def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
     """The sides of each matrix of a router, the tokens' first; each is multiplied with every token once."""
-    parameters = jax.tree.leaves(nnx.state(_abstract_router(config.moe, config.width), nnx.Param))
-    return [(p.shape[0], p.shape[1]) for p in parameters if len(p.shape) == 2]
+    return [shape for axes, shape in _matrices(config) if axes[0] != "token"]
 
 
-def _abstract_router(moe: MoEConfig, width: int) -> Router:
+def router_words(config: ModelConfig) -> int:
+    """Columns of a router's own embedding of the vocabulary, which is looked up in and not multiplied with."""
+    return sum(shape[1] for axes, shape in _matrices(config) if axes[0] == "token")
+
+
+def _matrices(config: ModelConfig) -> list[tuple[tuple[str, ...], tuple[int, int]]]:
+    """Names and sizes of a router's parameters of two dimensions."""
+    parameters = nnx.state(_abstract_router(config.moe, config.width), nnx.Param)
+    found: list[Any] = jax.tree.leaves(parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return [(p.get_metadata()["axes"], p.shape) for p in found if len(p.shape) == 2]
+
+
+def _abstract_router(moe: MoEConfig, width: int) -> RouterBase:
     options = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in moe.router_options.items())
     factor, losses = moe.capacity_factor, tuple(moe.losses.items())
     return _traced_router(moe.router, moe.num_experts, moe.top_k, factor, options, losses, width)
@@ -122,11 +143,11 @@ def _traced_router(
     options: tuple[Any, ...],
     losses: tuple[Any, ...],
     width: int,
-) -> Router:
+) -> RouterBase:
     """Traced once: a search for a plan asks thousands of times, and it takes 7 ms."""
     given = {option: list(x) if isinstance(x, tuple) else x for option, x in options}
     moe = MoEConfig(num_experts, top_k, router=name, router_options=given, losses=dict(losses), capacity_factor=factor)
-    return nnx.eval_shape(lambda: build_router(moe, width, nnx.Rngs(0)))
+    return cast(RouterBase, nnx.eval_shape(lambda: build_router(moe, width, nnx.Rngs(0), vocab=1)))
 
 
 def router_options(name: str) -> Options:
@@ -145,7 +166,7 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
         BadInput: otherwise, with the nearest name or the values that would do.
     """
     known = router_options(moe.router)
-    if moe.router in ("switch", "base", "demix") and moe.top_k != 1:
+    if moe.router in ("switch", "base", "demix", "stable") and moe.top_k != 1:
         raise BadInput(
             f"model.moe.router = {moe.router} chooses one expert, but model.moe.top_k = {moe.top_k}; use top_k 1"
         )
@@ -159,9 +180,16 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
         owners = [router for router, made in ROUTERS.items() if name in made.LOSSES]
         if owners and moe.router not in owners:
             raise BadInput(f"model.moe.losses.{name} is no loss of this router; use model.moe.router {owners[0]}")
-    if moe.router == "relu" and "sparsity" not in moe.losses:
+    if moe.router in NEEDED:
+        name, weight, does = NEEDED[moe.router]
+        if name not in moe.losses:
+            raise BadInput(
+                f"model.moe.router = {moe.router}: nothing but its loss {does}; set model.moe.losses.{name} to {weight}"
+            )
+    if ROUTERS[moe.router].MIXES and moe.dispatcher in ("gather", "ragged"):
         raise BadInput(
-            "model.moe.router = relu: nothing but its loss makes it sparse; set model.moe.losses.sparsity to 1.0"
+            f"model.moe.dispatcher = {moe.dispatcher} puts one token in a slot, where router {moe.router} mixes all; "
+            "use auto"
         )
     for name in {"device", "communication"} & set(moe.losses):
         if "groups" not in known:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 
 from gshardx.config import Config, ModelConfig
 from gshardx.errors import BadInput
-from gshardx.layers import Capacity
 from gshardx.layers.remat import REMAT
+from gshardx.layers.routing import ROUTERS
 from gshardx.models.attention import matrices as projections
 from gshardx.models.attention import summed, widths
 from gshardx.models.attention import vectors as vectors_of_attention
-from gshardx.models.moe import router_matrices, training_choices
+from gshardx.models.moe import router_matrices, router_words, training_choices, training_slots
 from gshardx.models.options import decoder_options
 from gshardx.plan import update
 from gshardx.plan.network import seconds
@@ -73,7 +73,7 @@ class _Sizes:
     matrices: int
     itemsize: int
     whole: int
-    """Parameters that no axis splits: norms, and biases of routers and of attention's output."""
+    """Parameters that no axis splits: norms, biases of routers and of attention's output, and routers' embeddings."""
     heads: float
     """Biases of queries, keys, values and logits, and norms over all heads: tensor splits them, and fsdp does not."""
     shared: float
@@ -124,11 +124,10 @@ def _sizes(config: Config) -> _Sizes:
     rows = config.train.batch_size // config.train.accumulation_steps
     tokens = rows * config.data.sequence_length // mesh.batch_shards
     group = moe.group_size or config.data.sequence_length
-    k = training_choices(moe)
-    capacity = Capacity(moe.capacity_factor).slots(group, moe.num_experts, k, training=True)
+    capacity = training_slots(moe, group)
     slots = tokens // group * moe.num_experts * capacity
-    if moe.capacity_factor is None and moe.dispatcher in ("auto", "ragged"):
-        slots = tokens * k
+    if moe.capacity_factor is None and moe.dispatcher in ("auto", "ragged") and not ROUTERS[moe.router].MIXES:
+        slots = tokens * training_choices(moe)
     matrices = 3 if model.activation.endswith("glu") else 2
     sparse = model.moe_layers
     m, e = model.width, moe.num_experts
@@ -154,7 +153,7 @@ def _sizes(config: Config) -> _Sizes:
         sparse_layers=sparse,
         matrices=matrices,
         itemsize=2 if model.dtype == "bfloat16" else 4,
-        whole=norms + vectors.whole * model.layers + joined_biases * sparse,
+        whole=norms + vectors.whole * model.layers + (joined_biases + router_words(model) * vocab) * sparse,
         heads=(vectors.split * model.layers + (vocab if options.logits_bias else 0)) / mesh.tensor,
         shared=(attention + ffn + update.tables(model) * m * vocab) / mesh.tensor + unsplit + gates * sparse,
         expert=experts / mesh.expert,

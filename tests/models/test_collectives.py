@@ -154,6 +154,8 @@ def test_micro_batches_send_as_often_and_a_first_pass_once_more(mesh_config, los
         {"router": "sentence"},
         {"router": "task", "router_options": {"tags": [1, 2, 3]}},
         {"router": "demix", "top_k": 1, "router_options": {"tags": list(range(1, 9))}},
+        {"router": "soft_moe", "router_options": {"slots": 3}},
+        {"router": "stable", "top_k": 1, "losses": {"balance": 0.3, "distillation": 0.3}},
         {"dispatcher": "einsum", "shared_hidden": 8, "shared": "residual"},
         {"group_size": 8, "every": 1, "biases": True, "losses": {"balance": 0.01, "z": 0.001, "batch": 0.01}},
         {"capacity_factor": None, "dispatcher": "ragged"},

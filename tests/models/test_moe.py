@@ -13,9 +13,18 @@ from gshardx.layers.balance import BalanceLoss
 from gshardx.layers.losses import CommunicationLoss, DeviceLoss
 from gshardx.layers.routing import ROUTERS
 from gshardx.layers.routing.linear import LinearRouter
-from gshardx.models.moe import build_moe, check_router_options, dispatcher_reason, router_matrices, router_options
+from gshardx.layers.routing.soft_moe import Fixed
+from gshardx.models.moe import (
+    build_moe,
+    check_router_options,
+    dispatcher_reason,
+    router_matrices,
+    router_options,
+    training_slots,
+)
 
 NEEDED = {
+    "stable": {"losses": {"distillation": 0.3}},
     "relu": {"losses": {"sparsity": 1.0}},
     "task": {"router_options": {"tags": [1, 2]}},
     "demix": {"router_options": {"tags": list(range(8))}},
@@ -26,7 +35,7 @@ NEEDED = {
 def built(**moe):
     moe = {"num_experts": 8, "hidden": 8, **NEEDED.get(moe.get("router"), {}), **moe}
     config = ModelConfig(width=16, moe=MoEConfig(**moe))
-    return nnx.eval_shape(lambda: build_moe(config, 1.0, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: build_moe(config, 1.0, nnx.Rngs(0), vocab=100))
 
 
 def complaint(**moe):
@@ -43,11 +52,12 @@ def test_the_config_lists_the_registry():
 def test_every_router_is_built_by_its_name_with_its_capacity(name):
     layer = built(router=name, top_k=1, capacity_factor=2.0)
     assert type(layer.router) is ROUTERS[name]
-    # Of expert_choice's 8 choices a token as many slots as of one choice.
-    assert layer.router.capacity == (Capacity(0.25, evaluation=0.25) if name == "expert_choice" else Capacity(2.0))
+    # Of expert_choice's 8 choices a token as many slots as of one choice; soft_moe's are parameters.
+    own = {"expert_choice": Capacity(0.25, evaluation=0.25), "soft_moe": Fixed(minimum=1)}
+    assert layer.router.capacity == own.get(name, Capacity(2.0))
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "expert_choice"])
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name not in ("expert_choice", "soft_moe")])
 def test_every_router_is_dropless_without_a_factor(name):
     assert built(router=name, top_k=1, capacity_factor=None).router.capacity == Capacity(None)
 
@@ -57,6 +67,12 @@ def test_every_router_is_dropless_without_a_factor(name):
 )
 def test_matrices_of_a_router_are_those_of_tokens(name, sides):
     assert router_matrices(ModelConfig(width=16, moe=MoEConfig(num_experts=8, router=name, top_k=3))) == sides
+
+
+@pytest.mark.parametrize(("name", "slots"), [("top_k", 24), ("expert_choice", 24), ("ds_moe", 64), ("soft_moe", 1)])
+def test_slots_are_those_of_the_router(name, slots):
+    """1.5 * 64 / 8 of each choice; all experts' in training for ds_moe, where no more than all tokens fit."""
+    assert training_slots(MoEConfig(num_experts=8, router=name, capacity_factor=1.5), 64) == slots
 
 
 def test_options_reach_the_router():
@@ -108,7 +124,7 @@ def test_an_integer_will_do_for_a_float():
 def test_options_are_those_of_the_class_and_its_base(name):
     options = router_options(name)
     assert {"priority", *(["bias"] if issubclass(ROUTERS[name], LinearRouter) else [])} <= set(options)
-    assert not {"rngs", "width", "losses", "capacity", "self"} & set(options)
+    assert not {"rngs", "width", "losses", "capacity", "self", "vocab"} & set(options)
 
 
 def test_dispatchers_and_dense_networks_by_name():

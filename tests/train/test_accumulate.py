@@ -56,6 +56,8 @@ CASES = {
     "task": {"router": "task", "router_options": {"tags": [1, 2, 3]}},
     "demix": {"router": "demix", "top_k": 1, "router_options": {"tags": list(range(1, 9))}},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
+    "soft_moe": {"router": "soft_moe", "router_options": {"slots": 2}},
+    "stable": {"router": "stable", "top_k": 1, "losses": {"balance": 0.3, "distillation": 0.3}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{
         name: {"router": "top_k", "router_options": GROUPS, "losses": {"balance": 0.1, name: 0.5}}

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from gshardx.layers.dispatch.contract import Rows, Slots
 from gshardx.layers.dispatch.ragged import Ragged
-from gshardx.layers.dispatch.slots import Einsum, Gather
+from gshardx.layers.dispatch.slots import Einsum, Gather, Mixing
 from gshardx.layers.grouped import has_fast_kernel
 from gshardx.layers.routing import Routing
 from gshardx.sharding import backend
@@ -58,6 +58,8 @@ class Auto:
         return self._chosen(routing).combine(expert_out, routing)
 
     def _chosen(self, routing: Routing) -> Einsum | Gather | Ragged:
+        if routing.mixed:
+            return Mixing(self.wire)
         _, s, k = routing.experts.shape
         chosen = choose_dispatcher(
             group=s, hidden=self.hidden, num_experts=routing.num_experts, top_k=k, dropless=routing.capacity == s

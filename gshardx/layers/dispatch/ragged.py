@@ -50,6 +50,7 @@ class Ragged:
     wire: Wire = None
 
     def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Rows:
+        routing.check_whole("ragged")
         devices = axis_size(AXIS)
         if routing.num_experts % devices:
             raise BadInput(f"{routing.num_experts} experts do not divide over mesh axis {AXIS} = {devices}")

@@ -21,7 +21,9 @@ from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.sinkhorn import SinkhornRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
 from gshardx.layers.routing.smoe_dropout import SmoeDropoutRouter
+from gshardx.layers.routing.soft_moe import SoftMoERouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
+from gshardx.layers.routing.stable import StableRouter
 from gshardx.layers.routing.statistics import RouterStats
 from gshardx.layers.routing.switch import SwitchRouter
 from gshardx.layers.routing.task import TaskRouter
@@ -50,6 +52,8 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "sentence": SentenceRouter,
     "task": TaskRouter,
     "demix": DemixRouter,
+    "soft_moe": SoftMoERouter,
+    "stable": StableRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -82,7 +86,9 @@ __all__ = [
     "SigmoidBiasRouter",
     "SinkhornRouter",
     "SkyworkRouter",
+    "SoftMoERouter",
     "SparseMixerRouter",
+    "StableRouter",
     "SwitchRouter",
     "TaskRouter",
     "TopKRouter",

@@ -28,6 +28,8 @@ class RouterBase(nnx.Module):
             (expert output masking of NLLB, arXiv 2207.04672, which has 0.2).
     """
 
+    MIXES = False
+    """Whether its routings are ``mixed``."""
     LOSSES: Mapping[str, Loss] = {"balance": BalanceLoss(), "z": ZLoss()}
 
     def __init__(
@@ -70,7 +72,7 @@ class RouterBase(nnx.Module):
     def noted(self, tokens: Float[Array, "b t m"], ids: Int[Array, "b t"] | None) -> Float[Array, "b t n"] | None:
         return None
 
-    def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s n"] | None) -> Any:
+    def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s n"] | None = None) -> Any:
         return self
 
     def route(

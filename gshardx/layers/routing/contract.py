@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from gshardx.errors import BadInput
 from gshardx.layers.balance import Loss, Sums
 from gshardx.layers.routing.statistics import RouterStats
 
@@ -42,6 +43,13 @@ class Routing:
     """The next state; also what :meth:`Router.after_step` turns into the state of the next step."""
     num_experts: int = dataclasses.field(metadata={"static": True})
     capacity: int = dataclasses.field(metadata={"static": True})
+    mixed: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Slots hold sums of a group's tokens, by ``input_weights``; a token has all slots of all experts for choices."""
+
+    def check_whole(self, dispatcher: str) -> None:
+        """Raise BadInput if slots are ``mixed``: ``dispatcher`` puts one token in each."""
+        if self.mixed:
+            raise BadInput(f"dispatcher {dispatcher} puts one token in a slot, and this router mixes all; use Mixing()")
 
 
 class Router(Protocol):

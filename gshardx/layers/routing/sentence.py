@@ -26,7 +26,7 @@ class SentenceRouter(TopKRouter):
     def noted(self, tokens: Float[Array, "b t m"], ids: Any = None) -> Float[Array, "b t e"]:
         return self.logits(tokens)
 
-    def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s e"] | None) -> Any:
+    def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s e"] | None = None) -> Any:
         return self if recalled is None else partial(self, recalled=recalled)
 
     def __call__(

@@ -91,9 +91,9 @@ def _quantile(ordered: np.ndarray, part: float) -> np.ndarray:
 def count(
     logits: Float[Array, "g s e"],
     gates: Float[Array, "g s e"],
-    chosen: Bool[Array, "g s k"],
+    chosen: Bool[Array, "g s k"] | Float[Array, "g s k"],
     keep: Bool[Array, "g s k"],
-    load: Int[Array, "g e"],
+    load: Int[Array, "g e"] | Float[Array, "g e"],
     valid: Bool[Array, "g s"],
     capacity: int,
 ) -> RouterStats:
@@ -102,7 +102,7 @@ def count(
     Args:
         logits: the router's scores.
         gates: a distribution over experts.
-        chosen: choices of real tokens that wanted a slot.
+        chosen: choices of real tokens that wanted a slot; or parts of slots, where these are mixtures.
         keep: those that got one.
         load: choices of each expert.
         valid: False for padding.
@@ -111,7 +111,8 @@ def count(
     logits, gates = jax.lax.stop_gradient((logits, gates))
     (g, s, k), e = chosen.shape, load.shape[-1]
     real = valid.astype(jnp.float32)
-    wanted, lost = chosen.astype(jnp.float32), (chosen & ~keep).astype(jnp.float32)
+    wanted = chosen.astype(jnp.float32)
+    lost = jnp.where(keep, 0.0, wanted)
     part = jnp.arange(s) * POSITION_BINS // s
     in_part = (part[:, None] == jnp.arange(POSITION_BINS)).astype(jnp.float32)
     entropy = -jnp.sum(gates * jnp.log(jnp.maximum(gates, 1e-30)), axis=-1)

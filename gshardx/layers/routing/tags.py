@@ -31,7 +31,7 @@ class Tagged:
             raise BadInput("a router that goes by tags looks at the tokens' ids; give the layer its argument ids")
         return (ids[..., None] == jnp.asarray(self.tags, ids.dtype)).astype(jnp.float32)
 
-    def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s n"] | None) -> Any:
+    def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s n"] | None = None) -> Any:
         return partial(cast(Any, self), ids=ids, recalled=recalled)
 
     def seen(

@@ -23,6 +23,7 @@ from gshardx.layers.routing import (
     SkyworkRouter,
     SmoeDropoutRouter,
     SparseMixerRouter,
+    StableRouter,
     SwitchRouter,
     TopKRouter,
 )
@@ -31,6 +32,7 @@ from gshardx.layers.routing.quantile import QuantileState
 from gshardx.layers.routing.relu import SparsityState
 from gshardx.layers.routing.sigmoid_bias import BiasState
 from gshardx.layers.routing.smoe_dropout import ScheduleState
+from gshardx.layers.routing.stable import StageState
 from tests.layers.routing.cases import M, compiled, data
 
 E, S = 8, 16
@@ -53,6 +55,7 @@ ROUTERS = {
     "relu": (ReluRouter, (E, 2), {"most": 5}, (SPARSITY,)),
     "smoe_dropout": (SmoeDropoutRouter, (E, 4), {"steps": 100, "serve": 2}, (ScheduleState(jnp.int32(50)),)),
     "skywork": (SkyworkRouter, (E, 2), {"spread": 2.0}, ()),
+    "stable": (StableRouter, (E,), {"vocab": 3}, (StageState(jnp.int32(5), jnp.zeros(3, jnp.int32)),)),
     "base": (BaseRouter, (E,), {}, ()),
     "sinkhorn": (SinkhornRouter, (E, 2), {"iterations": 10}, ()),
     "quantile": (QuantileRouter, (E, 2), {"choose_by": "sigmoid"}, (QUANTILE,)),

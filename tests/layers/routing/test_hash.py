@@ -27,7 +27,7 @@ SETTINGS = {
 def compiled(name):
     (_, e, k), capacity, options = SETTINGS[name]
     router = HashRouter(M, e, k, capacity=capacity, **options)
-    return jax.jit(lambda tokens, valid, rng, ids: router.reading(ids)(tokens, valid, rng))
+    return jax.jit(lambda tokens, valid, rng, ids: router.reading(ids, None)(tokens, valid, rng))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
