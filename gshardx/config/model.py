@@ -45,6 +45,7 @@ RouterName = Literal[
     "ds_moe",
     "dselect_k",
     "dynmoe",
+    "moe_pp",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -17,15 +17,17 @@ from gshardx.layers import (
     FeedForward,
     GatedShared,
     Gather,
+    Kinds,
     MoE,
     Ragged,
     Residual,
     Shared,
+    kinds_of,
 )
 from gshardx.layers.balance import BalanceLoss, Loss
 from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.losses import CommunicationLoss, DeviceLoss, ImportanceLoss
-from gshardx.layers.routing import ROUTERS, Router, RouterBase
+from gshardx.layers.routing import ROUTERS, RouterBase
 from gshardx.layers.routing.choice import check_groups
 from gshardx.layers.routing.ds_moe import MutualInformationLoss
 from gshardx.layers.shared import Beside, nothing
@@ -37,8 +39,9 @@ _FROM_CONFIG = {"self", "width", "num_experts", "top_k", "capacity", "losses", "
 def build_moe(config: ModelConfig, output_scale: float, rngs: nnx.Rngs) -> MoE:
     """The sparse layer of ``config``."""
     moe = config.moe
+    router = build_router(moe, config.width, rngs)
     return MoE(
-        build_router(moe, config.width, rngs),
+        router,
         build_dispatcher(moe),
         Experts(
             moe.num_experts,
@@ -51,6 +54,7 @@ def build_moe(config: ModelConfig, output_scale: float, rngs: nnx.Rngs) -> MoE:
         ),
         _beside(config, output_scale, rngs),
         group_size=moe.group_size,
+        kinds=kinds_of(router, config.width, rngs=rngs),
     )
 
 
@@ -70,18 +74,16 @@ def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
     if moe.dispatcher != "auto":
         return f"{moe.dispatcher}: model.moe.dispatcher says so"
     group = moe.group_size or sequence_length
-    k = training_choices(moe)
-    slots = Capacity(moe.capacity_factor).slots(group, moe.num_experts, k, training=True)
     return choose_dispatcher(
         group=group,
         hidden=moe.hidden,
         num_experts=moe.num_experts,
-        top_k=k,
-        dropless=slots == group,
+        top_k=training_choices(moe),
+        dropless=training_slots(moe, group) == group,
     ).reason
 
 
-def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> Router:
+def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> RouterBase:
     """Raises BadInput for options that the router does not have."""
     made: Any = ROUTERS[moe.router]
     options = check_router_options(moe)
@@ -90,7 +92,7 @@ def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> Router:
     if "top_k" in inspect.signature(made.__init__).parameters:
         common["top_k"] = moe.top_k
     try:
-        router: Router = made(width=width, num_experts=moe.num_experts, **common, **options)
+        router: RouterBase = made(width=width, num_experts=moe.num_experts, **common, **options)
     except BadInput as error:
         raise BadInput(f"model.moe.router = {moe.router}: {error}") from error
     return router
@@ -98,16 +100,23 @@ def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> Router:
 
 def training_choices(moe: MoEConfig) -> int:
     """Experts that a token may choose in training: what slots and sorted rows have room for."""
-    return _abstract_router(moe, 1).choices(training=True)
+    return _abstract_router(moe, 1)[0].choices(training=True)
+
+
+def training_slots(moe: MoEConfig, group: int) -> int:
+    """Slots of an expert in training, for a group of so many tokens."""
+    router, _ = _abstract_router(moe, 1)
+    return router.capacity.slots(group, moe.num_experts, router.choices(training=True), training=True)
 
 
 def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """The sides of each matrix of a router, the tokens' first; each is multiplied with every token once."""
+    """The sides of each matrix of a router, and of experts that are computed where tokens are; each is multiplied with
+    every token, or with weights of its, once."""
     parameters = jax.tree.leaves(nnx.state(_abstract_router(config.moe, config.width), nnx.Param))
     return [(p.shape[0], p.shape[1]) for p in parameters if len(p.shape) == 2]
 
 
-def _abstract_router(moe: MoEConfig, width: int) -> Router:
+def _abstract_router(moe: MoEConfig, width: int) -> tuple[RouterBase, Kinds | None]:
     options = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in moe.router_options.items())
     factor, losses = moe.capacity_factor, tuple(moe.losses.items())
     return _traced_router(moe.router, moe.num_experts, moe.top_k, factor, options, losses, width)
@@ -122,11 +131,16 @@ def _traced_router(
     options: tuple[Any, ...],
     losses: tuple[Any, ...],
     width: int,
-) -> Router:
+) -> tuple[RouterBase, Kinds | None]:
     """Traced once: a search for a plan asks thousands of times, and it takes 7 ms."""
     given = {option: list(x) if isinstance(x, tuple) else x for option, x in options}
     moe = MoEConfig(num_experts, top_k, router=name, router_options=given, losses=dict(losses), capacity_factor=factor)
-    return nnx.eval_shape(lambda: build_router(moe, width, nnx.Rngs(0)))
+
+    def build() -> tuple[RouterBase, Kinds | None]:
+        router = build_router(moe, width, nnx.Rngs(0))
+        return router, kinds_of(router, width, rngs=nnx.Rngs(0))
+
+    return nnx.eval_shape(build)
 
 
 def router_options(name: str) -> Options:

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 
 from gshardx.config import Config, ModelConfig
 from gshardx.errors import BadInput
-from gshardx.layers import Capacity
 from gshardx.layers.remat import REMAT
 from gshardx.models.attention import matrices as projections
 from gshardx.models.attention import summed, widths
 from gshardx.models.attention import vectors as vectors_of_attention
-from gshardx.models.moe import router_matrices, training_choices
+from gshardx.models.moe import router_matrices, training_choices, training_slots
 from gshardx.models.options import decoder_options
 from gshardx.plan import update
 from gshardx.plan.network import seconds
@@ -124,11 +123,9 @@ def _sizes(config: Config) -> _Sizes:
     rows = config.train.batch_size // config.train.accumulation_steps
     tokens = rows * config.data.sequence_length // mesh.batch_shards
     group = moe.group_size or config.data.sequence_length
-    k = training_choices(moe)
-    capacity = Capacity(moe.capacity_factor).slots(group, moe.num_experts, k, training=True)
-    slots = tokens // group * moe.num_experts * capacity
+    slots = tokens // group * moe.num_experts * training_slots(moe, group)
     if moe.capacity_factor is None and moe.dispatcher in ("auto", "ragged"):
-        slots = tokens * k
+        slots = tokens * training_choices(moe)
     matrices = 3 if model.activation.endswith("glu") else 2
     sparse = model.moe_layers
     m, e = model.width, moe.num_experts

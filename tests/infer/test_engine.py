@@ -198,6 +198,7 @@ ROUTER_CONFIGS = {
     "dselect_k": {"router": "dselect_k"},
     "relu": {"router": "relu", "losses": {"sparsity": 1.0}},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
+    "moe_pp": {"router": "moe_pp", "router_options": {"copy": 2}},
 }
 
 

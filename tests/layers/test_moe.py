@@ -28,6 +28,7 @@ from gshardx.layers import (
     GShardRouter,
     HashRouter,
     MoE,
+    MoePlusPlusRouter,
     NoisyTopKRouter,
     QuantileRouter,
     Ragged,
@@ -41,6 +42,7 @@ from gshardx.layers import (
     SparseMixerRouter,
     SwitchRouter,
     TopKRouter,
+    kinds_of,
 )
 from gshardx.layers.shared import nothing
 from gshardx.sharding import MeshConfig, build_mesh
@@ -69,6 +71,7 @@ ROUTERS = {
     "sinkhorn": partial(SinkhornRouter, M, E, K, capacity=TIGHT),
     "quantile": partial(QuantileRouter, M, E, K, capacity=TIGHT),
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
+    "moe_pp": partial(MoePlusPlusRouter, M, E, 3, capacity=TIGHT),
 }
 DISPATCHERS = [Einsum(), Gather(), Ragged("padded")]
 BESIDE = {
@@ -90,7 +93,7 @@ def layer(dispatcher, router="gshard", activation="swiglu", biases=False, beside
         bias = getattr(experts, name, None)
         if bias is not None:
             bias.set_value(jax.random.normal(jax.random.key(len(name)), bias.shape))
-    return MoE(made, dispatcher, experts, BESIDE[beside](rngs))
+    return MoE(made, dispatcher, experts, BESIDE[beside](rngs), kinds=kinds_of(made, M, rngs=rngs))
 
 
 def inputs():

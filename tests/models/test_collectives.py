@@ -151,6 +151,7 @@ def test_micro_batches_send_as_often_and_a_first_pass_once_more(mesh_config, los
         {"router": "base", "top_k": 1, "capacity_factor": 1.0},
         {"router": "sinkhorn"},
         {"router": "quantile"},
+        {"router": "moe_pp", "top_k": 4},
         {"dispatcher": "einsum", "shared_hidden": 8, "shared": "residual"},
         {"group_size": 8, "every": 1, "biases": True, "losses": {"balance": 0.01, "z": 0.001, "batch": 0.01}},
         {"capacity_factor": None, "dispatcher": "ragged"},

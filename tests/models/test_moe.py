@@ -39,8 +39,9 @@ def test_the_config_lists_the_registry():
 def test_every_router_is_built_by_its_name_with_its_capacity(name):
     layer = built(router=name, top_k=1, capacity_factor=2.0)
     assert type(layer.router) is ROUTERS[name]
-    # Of expert_choice's 8 choices a token as many slots as of one choice.
-    assert layer.router.capacity == (Capacity(0.25, evaluation=0.25) if name == "expert_choice" else Capacity(2.0))
+    # Of expert_choice's 8 choices a token as many slots as of one choice; of moe_pp's what tau of 8 are of tau 8 + 4.
+    others = {"expert_choice": Capacity(0.25, evaluation=0.25), "moe_pp": Capacity(2.0 * 0.6)}
+    assert layer.router.capacity == others.get(name, Capacity(2.0))
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name != "expert_choice"])
@@ -49,7 +50,13 @@ def test_every_router_is_dropless_without_a_factor(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "sides"), [("top_k", [(16, 8)]), ("noisy_top_k", [(16, 8), (16, 8)]), ("dselect_k", [(16, 12)])]
+    ("name", "sides"),
+    [
+        ("top_k", [(16, 8)]),
+        ("noisy_top_k", [(16, 8), (16, 8)]),
+        ("dselect_k", [(16, 12)]),
+        ("moe_pp", [(16, 8), (16, 4), (16, 4), (2, 16)]),  # the last two of constant experts
+    ],
 )
 def test_matrices_of_a_router_are_those_of_tokens(name, sides):
     assert router_matrices(ModelConfig(width=16, moe=MoEConfig(num_experts=8, router=name, top_k=3))) == sides

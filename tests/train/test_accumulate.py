@@ -40,6 +40,7 @@ CASES = {
         "router_options": {"most": 3, "smoothness": 0.1, "iterations": 20},
     },
     "hash": {"router": "hash"},
+    "moe_pp": {"router": "moe_pp", "top_k": 3, "router_options": {"constant": 1}},
     "masked": {"router": "top_k", "router_options": {"output_masking": 0.3}},
     "base": {"router": "base", "top_k": 1},
     "sinkhorn": {"router": "sinkhorn"},

@@ -12,6 +12,7 @@ from gshardx.layers.routing.dynmoe import DynMoERouter
 from gshardx.layers.routing.expert_choice import ExpertChoiceRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.hash import HashRouter
+from gshardx.layers.routing.moe_pp import MoePlusPlusRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.quantile import QuantileRouter
 from gshardx.layers.routing.relu import ReluRouter
@@ -44,6 +45,7 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "ds_moe": DsMoeRouter,
     "dselect_k": DselectKRouter,
     "dynmoe": DynMoERouter,
+    "moe_pp": MoePlusPlusRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -60,6 +62,7 @@ __all__ = [
     "GShardRouter",
     "HashRouter",
     "Losses",
+    "MoePlusPlusRouter",
     "NoisyTopKRouter",
     "Priority",
     "QuantileRouter",

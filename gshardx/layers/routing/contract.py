@@ -42,6 +42,8 @@ class Routing:
     """The next state; also what :meth:`Router.after_step` turns into the state of the next step."""
     num_experts: int = dataclasses.field(metadata={"static": True})
     capacity: int = dataclasses.field(metadata={"static": True})
+    local: Float[Array, "g s z"] | None = None
+    """fp32, on what experts make of a token where it is (layers/kinds.py); None: the router has no such experts."""
 
 
 class Router(Protocol):

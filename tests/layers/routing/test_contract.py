@@ -14,6 +14,7 @@ from gshardx.layers.routing import (
     DsMoeRouter,
     DynMoERouter,
     GShardRouter,
+    MoePlusPlusRouter,
     NoisyTopKRouter,
     QuantileRouter,
     ReluRouter,
@@ -57,10 +58,11 @@ ROUTERS = {
     "quantile": (QuantileRouter, (E, 2), {"choose_by": "sigmoid"}, (QUANTILE,)),
     "sparse_mixer": (SparseMixerRouter, (E, 2), {"jitter": 0.0}, ()),
     "sparse_mixer, drawn": (SparseMixerRouter, (E, 3), {"jitter": 0.5}, ()),
+    "moe_pp": (MoePlusPlusRouter, (E, 3), {"constant": 1}, ()),
 }
 EVEN = {"base"}
 """Routers that ask no expert in training for more than these slots."""
-CHANGING = {"adamoe", "dselect_k", "dynmoe", "relu", "smoe_dropout"}
+CHANGING = {"adamoe", "dselect_k", "dynmoe", "moe_pp", "relu", "smoe_dropout"}
 """Whose tokens want some of their choices only."""
 EACH = ("experts", "slots", "keep", "weights")
 
