@@ -10,14 +10,14 @@ from jaxtyping import Array, Bool, Float, Int
 from gshardx.errors import BadInput
 from gshardx.layers.balance import Sums
 from gshardx.layers.dispatch import Dispatcher
-from gshardx.layers.draws import dropout, folded, group_keys, row_keys
+from gshardx.layers.draws import draw, dropout, folded, group_keys, row_keys
 from gshardx.layers.kinds import Kinds
 from gshardx.layers.routing import Losses, Router, RouterState, RouterStats
 from gshardx.layers.shared import Beside, nothing
 from gshardx.sharding import shard
 
-_AT_OUTPUT = 2**32 - 1
-"""Where routers fold small numbers into a group's key, the masking of outputs folds this."""
+_AT_OUTPUT, _AT_TOKENS = 2**32 - 1, 2**32 - 3
+"""Where routers fold small numbers into a group's key, the masking of outputs and the dropping of tokens fold these."""
 
 
 class MoEMetrics(NamedTuple):
@@ -83,7 +83,7 @@ class MoE(nnx.Module):
         with jax.named_scope("gate"):
             keys = None if rng is None else group_keys(row_keys(rng, b), t, s)
             router = self.router if ids is None else self.router.reading(ids.reshape(-1, s))
-            routing = router(tokens, valid.reshape(-1, s), keys, state)
+            routing = router(tokens, self._routed(valid.reshape(-1, s), keys), keys, state)
             at_output = None if keys is None else folded(keys, _AT_OUTPUT)
             masked = dropout(routing.weights, at_output, self.router.output_masking)
             routing = dataclasses.replace(routing, weights=masked)
@@ -101,3 +101,10 @@ class MoE(nnx.Module):
                 routed += self.kinds(tokens, routing.local)
         out = shard(self.beside(x, routed.reshape(b, t, m)), "batch time model")
         return out, MoEMetrics(routing.losses, routing.loss_sums, routing.stats, routing.state, choices, kept)
+
+    def _routed(self, valid: Bool[Array, "g s"], keys: Array | None) -> Bool[Array, "g s"]:
+        """All real tokens, but for those that training leaves out."""
+        share = self.router.token_drop
+        if keys is None or share == 0.0:
+            return valid
+        return valid & (draw(jax.random.uniform, folded(keys, _AT_TOKENS), valid.shape) >= share)

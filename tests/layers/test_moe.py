@@ -267,6 +267,27 @@ def test_outputs_are_masked_in_training_alone(dispatcher):
     np.testing.assert_array_equal(out, other)
 
 
+@pytest.mark.parametrize("dispatcher", DISPATCHERS, ids=lambda d: type(d).__name__)
+def test_tokens_are_left_out_in_training_alone_and_count_nowhere(dispatcher):
+    whole, fewer = (layer(dispatcher, "top_k", token_drop=share, capacity=DROPLESS) for share in (0.0, 0.25))
+    x, valid = inputs()
+    (out, _), (other, metrics) = (jax.jit(moe)(x, valid, jax.random.key(0)) for moe in (whole, fewer))
+    left = np.asarray(metrics.kept).any(-1)
+    assert 0.15 < 1 - left.sum() / np.asarray(valid).sum() < 0.35
+    np.testing.assert_array_equal(np.asarray(other)[~left], 0.0)
+    np.testing.assert_allclose(np.asarray(other)[left], np.asarray(out)[left], atol=1e-6)
+    assert float(metrics.stats.tokens) == left.sum()
+    alone = jax.jit(whole)(x, jnp.asarray(left), jax.random.key(0))[1]
+    assert_equal((metrics.losses, metrics.stats), (alone.losses, alone.stats), 1e-6)
+    (out, _), (other, _) = (jax.jit(moe)(x, valid, None) for moe in (whole, fewer))
+    np.testing.assert_array_equal(out, other)
+
+
+def test_a_share_of_dropped_tokens_is_below_one():
+    with pytest.raises(BadInput, match=r"token_drop = 1.0: must be .* below 1"):
+        layer(Gather(), token_drop=1.0)
+
+
 def test_a_share_of_masked_outputs_is_below_one():
     with pytest.raises(BadInput, match=r"output_masking = .*; NLLB has"):
         layer(Gather(), output_masking=1.0)

@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.errors import BadInput
 
-Priority = Literal["position", "gate"]
-"""Who takes slots first among equal ranks: earlier tokens (GShard), or those with the larger first gate (V-MoE's
-batch-prioritised routing, arXiv 2106.05974)."""
+Priority = Literal["position", "gate", "random"]
+"""Who takes slots first among equal ranks: earlier tokens (GShard), those with the larger first gate (V-MoE's
+batch-prioritised routing, arXiv 2106.05974), or in training whoever is drawn (DeepSpeed's random token selection)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Router(Protocol):
     top_k: int
     losses: tuple[tuple[str, Loss], ...]
     output_masking: float
+    token_drop: float
 
     @property
     def leak(self) -> str | None: ...  # why no decoder can be served

@@ -84,7 +84,7 @@ class MoePlusPlusRouter(LinearRouter):
         routing = self.route(
             gating,
             weights,
-            training=rng is not None,
+            rng=rng,
             judged=gating._replace(gates=gates * pressure),
             wanted=(experts < e) & valid[..., None],
         )

@@ -67,4 +67,4 @@ class TopKRouter(LinearRouter):
             weights = jnp.ones_like(weights)
         elif self.renormalise:
             weights = normalised(weights)
-        return self.route(Gating(logits, gates, experts, valid), weights * self.scale, training=rng is not None)
+        return self.route(Gating(logits, gates, experts, valid), weights * self.scale, rng=rng)
