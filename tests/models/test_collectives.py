@@ -158,6 +158,7 @@ def test_to_count_the_tokens_that_are_not_dropped_micro_batches_send_nothing():
         {"router": "base", "top_k": 1, "capacity_factor": 1.0},
         {"router": "sinkhorn"},
         {"router": "quantile"},
+        {"router": "top_k", "router_options": {"round_to": 2}},
         {"router": "top_k", "router_options": {"priority": "random", "token_drop": 0.1}},
         {"router": "moe_pp", "top_k": 4},
         {"dispatcher": "einsum", "shared_hidden": 8, "shared": "residual"},

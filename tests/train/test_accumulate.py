@@ -43,6 +43,7 @@ CASES = {
     "moe_pp": {"router": "moe_pp", "top_k": 3, "router_options": {"constant": 1}},
     "random priority": {"router": "top_k", "router_options": {"priority": "random"}, "capacity_factor": 0.5},
     "dropped tokens": {"router": "top_k", "router_options": {"token_drop": 0.3}},
+    "rounded": {"router": "top_k", "router_options": {"round_to": 2}},
     "masked": {"router": "top_k", "router_options": {"output_masking": 0.3}},
     "base": {"router": "base", "top_k": 1},
     "sinkhorn": {"router": "sinkhorn"},
