@@ -66,6 +66,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ds_moe": {"losses": "{mutual_information: 0.1}"},
     "dselect_k": {"losses": "{selector_entropy: 0.001, selector_reach: 1.0}"},
     "dynmoe": {"losses": "{balance: 0.01, diversity: 0.01}"},
+    "moe_pp": {"top_k": 3},  # with even loads one of three choices is local, about
     "sentence": {"capacity_factor": "null"},
     "soft_moe": UNWEIGHED | {"router_options": "{slots: 32}"},  # as many as choices of 128 tokens
     "stable": WIDE | {"router_options": "{steps: 80}", "losses": "{balance: 0.3, distillation: 0.3}"},

@@ -51,6 +51,7 @@ RouterName = Literal[
     "demix",
     "soft_moe",
     "stable",
+    "moe_pp",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

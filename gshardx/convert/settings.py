@@ -149,6 +149,7 @@ def get(model: ModelConfig, key: str) -> Any:
 
 
 _TRAINING = ("capacity_factor", "group_size", "dispatcher", "wire", "losses", "adaptive_balance")
+_TRAINING_OPTIONS = ("rate", "input_jitter", "output_masking", "token_drop", "priority", "round_to")
 _ELSEWHERE = ("dtype", "float32", "remat", "dropout", "vocab_size")
 
 
@@ -158,7 +159,7 @@ def at_inference(model: ModelConfig) -> ModelConfig:
     same: dict[str, Any] = {name: getattr(plain.moe, name) for name in _TRAINING}
     known = router_options(moe.router)
     options = _said(known, moe.router_options)
-    options |= {name: known[name].default for name in ("rate", "input_jitter") if name in known}
+    options |= {name: known[name].default for name in _TRAINING_OPTIONS if name in known}
     if options.get("softmax") == "after" or moe.num_experts == 1:
         options |= {"softmax": "after", "renormalise": True}
     unused: dict[str, Any] = {} if moe.every > 1 or moe.dense_first else {"hidden": plain.hidden}

@@ -25,7 +25,7 @@ from gshardx.convert.rewrite import EXPERTS, ROUTER, Given, Part
 from gshardx.convert.rules import spot_of
 from gshardx.errors import BadInput
 
-_OTHERWISE = ("cosine", "adamoe", "dynmoe", "hash", "demix", "soft_moe", "stable")
+_OTHERWISE = ("cosine", "adamoe", "dynmoe", "hash", "demix", "soft_moe", "stable", "moe_pp")
 """Routers that do not have a column and a bias for each expert, and nothing else."""
 _NOT_COPIED = ("switch", "sparse_mixer", "base", "sinkhorn", "relu", "smoe_dropout", "dselect_k")
 """Routers whose weights of two copies of an expert do not add up to the expert's."""

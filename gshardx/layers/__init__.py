@@ -7,6 +7,7 @@ from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Mixing, Ra
 from gshardx.layers.embed import Embedding, Unembedding
 from gshardx.layers.experts import Experts, FeedForward
 from gshardx.layers.kernel_pages import KernelPages, has_kernel, kernel_attention
+from gshardx.layers.kinds import Kinds, kinds_of
 from gshardx.layers.latent import LatentAttention
 from gshardx.layers.memory import KVCache, Memory, Packed
 from gshardx.layers.merged_experts import MergedExperts, merged
@@ -30,6 +31,7 @@ from gshardx.layers.routing import (
     GShardRouter,
     HashRouter,
     Losses,
+    MoePlusPlusRouter,
     NoisyTopKRouter,
     QuantileRouter,
     ReluRouter,
@@ -81,6 +83,7 @@ __all__ = [
     "Int8Pages",
     "KVCache",
     "KernelPages",
+    "Kinds",
     "LatentAttention",
     "LatentPages",
     "LayerNorm",
@@ -91,6 +94,7 @@ __all__ = [
     "MoE",
     "MoEMetrics",
     "Mixing",
+    "MoePlusPlusRouter",
     "NORMS",
     "NoisyTopKRouter",
     "Packed",
@@ -123,6 +127,7 @@ __all__ = [
     "choose_dispatcher",
     "has_kernel",
     "kernel_attention",
+    "kinds_of",
     "merged",
     "paged_attention",
     "param_shardings",

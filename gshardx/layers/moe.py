@@ -10,13 +10,14 @@ from jaxtyping import Array, Bool, Float, Int
 from gshardx.errors import BadInput
 from gshardx.layers.balance import Sums
 from gshardx.layers.dispatch import Dispatcher
-from gshardx.layers.draws import dropout, folded, group_keys, row_keys
+from gshardx.layers.draws import draw, dropout, folded, group_keys, row_keys
+from gshardx.layers.kinds import Kinds
 from gshardx.layers.routing import Losses, Router, RouterState, RouterStats
 from gshardx.layers.shared import Beside, nothing
 from gshardx.sharding import shard
 
-_AT_OUTPUT = 2**32 - 1
-"""Where routers fold small numbers into a group's key, the masking of outputs folds this."""
+_AT_OUTPUT, _AT_TOKENS = 2**32 - 1, 2**32 - 3
+"""Where routers fold small numbers into a group's key, the masking of outputs and the dropping of tokens fold these."""
 
 
 class MoEMetrics(NamedTuple):
@@ -42,6 +43,7 @@ class MoE(nnx.Module):
         experts: what: :class:`Experts`, or merged ones, which take what :class:`Dense` dispatches.
         beside: joins a dense network: :class:`Shared`, :class:`GatedShared`, :class:`Residual`.
         group_size: tokens that compete for slots; divides b * t. None: each sequence is a group.
+        kinds: experts that are computed where tokens are, if the router has some (``kinds_of``).
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class MoE(nnx.Module):
         beside: Beside = nothing,
         *,
         group_size: int | None = None,
+        kinds: Kinds | None = None,
     ) -> None:
         self.router, self.dispatcher, self.experts = router, dispatcher, experts
-        self.beside, self.group_size = beside, group_size
+        self.beside, self.group_size, self.kinds = beside, group_size, kinds
         self.place: nnx.Param[Array] | None = None  # where each expert is, int32 [e], once they may move (inference)
 
     def __call__(
@@ -82,7 +85,7 @@ class MoE(nnx.Module):
             keys = None if rng is None else group_keys(row_keys(rng, b), t, s)
             grouped = (None if x is None else x.reshape(-1, s, *x.shape[2:]) for x in (ids, recalled))
             router = self.router.reading(*grouped)
-            routing = router(tokens, valid.reshape(-1, s), keys, state)
+            routing = router(tokens, self._routed(valid.reshape(-1, s), keys), keys, state)
             at_output = None if keys is None else folded(keys, _AT_OUTPUT)
             masked = dropout(routing.weights, at_output, self.router.output_masking)
             routing = dataclasses.replace(routing, weights=masked)
@@ -93,6 +96,17 @@ class MoE(nnx.Module):
             expert_in = self.dispatcher.dispatch(tokens, routing)
         expert_out = self.experts(expert_in)
         with jax.named_scope("combine"):
-            routed = self.dispatcher.combine(expert_out, routing).reshape(b, t, m)
-        out = shard(self.beside(x, routed), "batch time model")
+            routed = self.dispatcher.combine(expert_out, routing)
+            if routing.local is not None:
+                if self.kinds is None:
+                    raise BadInput("MoE: its router has experts of other kinds; give kinds=kinds_of(router, width)")
+                routed += self.kinds(tokens, routing.local)
+        out = shard(self.beside(x, routed.reshape(b, t, m)), "batch time model")
         return out, MoEMetrics(routing.losses, routing.loss_sums, routing.stats, routing.state, choices, kept)
+
+    def _routed(self, valid: Bool[Array, "g s"], keys: Array | None) -> Bool[Array, "g s"]:
+        """All real tokens, but for those that training leaves out."""
+        share = self.router.token_drop
+        if keys is None or share == 0.0:
+            return valid
+        return valid & (draw(jax.random.uniform, folded(keys, _AT_TOKENS), valid.shape) >= share)

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from typing import Any, cast
+from typing import Any
 
 import jax
 from flax import nnx
@@ -17,15 +17,17 @@ from gshardx.layers import (
     FeedForward,
     GatedShared,
     Gather,
+    Kinds,
     MoE,
     Ragged,
     Residual,
     Shared,
+    kinds_of,
 )
 from gshardx.layers.balance import BalanceLoss, Loss
 from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.losses import CommunicationLoss, DeviceLoss, ImportanceLoss
-from gshardx.layers.routing import ROUTERS, Router, RouterBase
+from gshardx.layers.routing import ROUTERS, RouterBase
 from gshardx.layers.routing.choice import check_groups
 from gshardx.layers.routing.ds_moe import MutualInformationLoss
 from gshardx.layers.shared import Beside, nothing
@@ -41,8 +43,9 @@ NEEDED = {"relu": ("sparsity", 1.0, "makes it sparse"), "stable": ("distillation
 def build_moe(config: ModelConfig, output_scale: float, rngs: nnx.Rngs, vocab: int | None = None) -> MoE:
     """The sparse layer of ``config``; ``vocab`` for routers that learn something of each id."""
     moe = config.moe
+    router = build_router(moe, config.width, rngs, vocab)
     return MoE(
-        build_router(moe, config.width, rngs, vocab),
+        router,
         build_dispatcher(moe),
         Experts(
             moe.num_experts,
@@ -55,6 +58,7 @@ def build_moe(config: ModelConfig, output_scale: float, rngs: nnx.Rngs, vocab: i
         ),
         _beside(config, output_scale, rngs),
         group_size=moe.group_size,
+        kinds=kinds_of(router, config.width, rngs=rngs),
     )
 
 
@@ -85,7 +89,7 @@ def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
     ).reason
 
 
-def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs, vocab: int | None = None) -> Router:
+def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs, vocab: int | None = None) -> RouterBase:
     """Raises BadInput for options that the router does not have."""
     made: Any = ROUTERS[moe.router]
     options = check_router_options(moe)
@@ -94,7 +98,7 @@ def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs, vocab: int | None =
     own = {"top_k": moe.top_k, "vocab": vocab}
     common |= {name: own[name] for name in own.keys() & inspect.signature(made.__init__).parameters.keys()}
     try:
-        router: Router = made(width=width, num_experts=moe.num_experts, **common, **options)
+        router: RouterBase = made(width=width, num_experts=moe.num_experts, **common, **options)
     except BadInput as error:
         raise BadInput(f"model.moe.router = {moe.router}: {error}") from error
     return router
@@ -102,17 +106,18 @@ def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs, vocab: int | None =
 
 def training_choices(moe: MoEConfig) -> int:
     """Experts that a token may choose in training: what slots and sorted rows have room for."""
-    return _abstract_router(moe, 1).choices(training=True)
+    return _abstract_router(moe, 1)[0].choices(training=True)
 
 
 def training_slots(moe: MoEConfig, group: int) -> int:
-    """Of an expert for a group of so many tokens."""
-    router = _abstract_router(moe, 1)
+    """Slots of an expert in training, for a group of so many tokens."""
+    router, _ = _abstract_router(moe, 1)
     return router.capacity.slots(group, moe.num_experts, router.choices(training=True), training=True)
 
 
 def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """The sides of each matrix of a router, the tokens' first; each is multiplied with every token once."""
+    """The sides of each matrix of a router, and of experts that are computed where tokens are; each is multiplied with
+    every token, or with weights of its, once."""
     return [shape for axes, shape in _matrices(config) if axes[0] != "token"]
 
 
@@ -122,13 +127,13 @@ def router_words(config: ModelConfig) -> int:
 
 
 def _matrices(config: ModelConfig) -> list[tuple[tuple[str, ...], tuple[int, int]]]:
-    """Names and sizes of a router's parameters of two dimensions."""
+    """Names and sizes of a router's parameters of two dimensions, and of its other experts'."""
     parameters = nnx.state(_abstract_router(config.moe, config.width), nnx.Param)
     found: list[Any] = jax.tree.leaves(parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return [(p.get_metadata()["axes"], p.shape) for p in found if len(p.shape) == 2]
 
 
-def _abstract_router(moe: MoEConfig, width: int) -> RouterBase:
+def _abstract_router(moe: MoEConfig, width: int) -> tuple[RouterBase, Kinds | None]:
     options = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in moe.router_options.items())
     factor, losses = moe.capacity_factor, tuple(moe.losses.items())
     return _traced_router(moe.router, moe.num_experts, moe.top_k, factor, options, losses, width)
@@ -143,11 +148,16 @@ def _traced_router(
     options: tuple[Any, ...],
     losses: tuple[Any, ...],
     width: int,
-) -> RouterBase:
+) -> tuple[RouterBase, Kinds | None]:
     """Traced once: a search for a plan asks thousands of times, and it takes 7 ms."""
     given = {option: list(x) if isinstance(x, tuple) else x for option, x in options}
     moe = MoEConfig(num_experts, top_k, router=name, router_options=given, losses=dict(losses), capacity_factor=factor)
-    return cast(RouterBase, nnx.eval_shape(lambda: build_router(moe, width, nnx.Rngs(0), vocab=1)))
+
+    def build() -> tuple[RouterBase, Kinds | None]:
+        router = build_router(moe, width, nnx.Rngs(0), vocab=1)
+        return router, kinds_of(router, width, rngs=nnx.Rngs(0))
+
+    return nnx.eval_shape(build)
 
 
 def router_options(name: str) -> Options:

@@ -124,8 +124,7 @@ def _sizes(config: Config) -> _Sizes:
     rows = config.train.batch_size // config.train.accumulation_steps
     tokens = rows * config.data.sequence_length // mesh.batch_shards
     group = moe.group_size or config.data.sequence_length
-    capacity = training_slots(moe, group)
-    slots = tokens // group * moe.num_experts * capacity
+    slots = tokens // group * moe.num_experts * training_slots(moe, group)
     if moe.capacity_factor is None and moe.dispatcher in ("auto", "ragged") and not ROUTERS[moe.router].MIXES:
         slots = tokens * training_choices(moe)
     matrices = 3 if model.activation.endswith("glu") else 2

@@ -4,7 +4,8 @@ Every part of the objective is a function of sums over tokens, and the gradient 
 each sum (its slope) times the sum's gradient. Sums of micro-batches add up, so that with the slopes at the whole
 batch's sums the micro-batches' gradients add up too. Slopes of means are known beforehand: 1 / tokens. Losses that
 multiply two sums of the whole batch ("batch", "device", "communication", "sparsity", ...) need a forward pass over all
-micro-batches first; it is made only if one of them has a weight.
+micro-batches first; it is made only if one of them has a weight. With ``token_drop`` it counts the tokens that are
+left, and XLA leaves out the rest of it.
 """
 
 import math
@@ -68,6 +69,8 @@ class Micro(NamedTuple):
     """Shardings in which the gradients add up."""
     losses: tuple[str, ...]
     """Auxiliary losses that are part of the objective."""
+    whole: bool
+    """Whether all real tokens are routed."""
 
 
 def accumulated(
@@ -89,7 +92,8 @@ def accumulated(
         return total.add(forward(params, *piece, total.router)), None
 
     seen = {name: empty.losses[name] for name in micro.losses}
-    if all(len(sums) == 2 for sums in seen.values()):  # the slope of a mean is 1 / tokens, whatever the total
+    # The slope of a mean is 1 / tokens, whatever the total.
+    if micro.whole and all(len(sums) == 2 for sums in seen.values()):
         real = jnp.sum(batch.segments > 0).astype(jnp.float32)
         seen = {name: (total, jnp.full_like(total, real)) for name, (total, _) in seen.items()}
     else:

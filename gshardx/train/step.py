@@ -131,7 +131,7 @@ class TrainStep:
         losses = tuple(name for name, _ in stack.router.losses if name in {"balance", *moe.losses})
         together = rows_together(batch.tokens.shape[1], moe.group_size)
         places = self.places or jax.tree.map(lambda p: p.sharding, self.plan.params)
-        return Micro(self.config.accumulation_steps, together, places, losses)
+        return Micro(self.config.accumulation_steps, together, places, losses, stack.router.token_drop == 0)
 
 
 def _chosen(which: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:

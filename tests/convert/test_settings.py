@@ -77,4 +77,6 @@ def test_what_only_training_reads_makes_no_difference():
     trained = dataclasses.replace(
         model, dropout=0.1, moe=dataclasses.replace(model.moe, capacity_factor=1.25, losses={"z": 0.1})
     )
+    options = {"priority": "random", "output_masking": 0.2, "token_drop": 0.1, "round_to": 8}
+    trained = dataclasses.replace(trained, moe=dataclasses.replace(trained.moe, router_options=options))
     assert difference(model, trained) is None

@@ -184,7 +184,7 @@ def routed(**changes):
                 lambda of=of, change=change: change(routed(router=of)),
                 "not have a column for each expert alone.* use a run",
             )
-            for of in ("cosine", "adamoe", "dynmoe", "hash", "demix", "soft_moe", "stable")
+            for of in ("cosine", "adamoe", "dynmoe", "hash", "demix", "soft_moe", "stable", "moe_pp")
             for change in (lambda m: permuted(range(8), m), lambda m: duplicated(m, 2), lambda m: fewer(m, 4))
         ),
     ],

@@ -203,6 +203,7 @@ ROUTER_CONFIGS = {
     "demix": {"router": "demix", "top_k": 1, "router_options": {"tags": TAGS}},
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3}},
     "stable": {"router": "stable", "top_k": 1, "losses": {"distillation": 0.3}},
+    "moe_pp": {"router": "moe_pp", "router_options": {"copy": 2}},
 }
 
 

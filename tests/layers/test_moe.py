@@ -30,6 +30,7 @@ from gshardx.layers import (
     HashRouter,
     Mixing,
     MoE,
+    MoePlusPlusRouter,
     NoisyTopKRouter,
     QuantileRouter,
     Ragged,
@@ -47,6 +48,7 @@ from gshardx.layers import (
     SwitchRouter,
     TaskRouter,
     TopKRouter,
+    kinds_of,
 )
 from gshardx.layers.shared import nothing
 from gshardx.sharding import MeshConfig, build_mesh
@@ -80,6 +82,7 @@ ROUTERS = {
     "sparse_mixer": partial(SparseMixerRouter, M, E, K, jitter=0.4, capacity=TIGHT),
     "soft_moe": partial(SoftMoERouter, M, E, slots=3),
     "stable": partial(StableRouter, M, E, dimension=4, vocab=100, capacity=TIGHT),
+    "moe_pp": partial(MoePlusPlusRouter, M, E, 3, capacity=TIGHT),
 }
 DISPATCHERS = [Einsum(), Gather(), Ragged("padded")]
 MIXING = [Einsum(), Mixing(), Mixing()]
@@ -107,7 +110,7 @@ def layer(dispatcher, router="gshard", activation="swiglu", biases=False, beside
         bias = getattr(experts, name, None)
         if bias is not None:
             bias.set_value(jax.random.normal(jax.random.key(len(name)), bias.shape))
-    return MoE(made, dispatcher, experts, BESIDE[beside](rngs))
+    return MoE(made, dispatcher, experts, BESIDE[beside](rngs), kinds=kinds_of(made, M, rngs=rngs))
 
 
 def inputs():
@@ -279,6 +282,27 @@ def test_outputs_are_masked_in_training_alone(dispatcher):
     np.testing.assert_allclose(np.asarray(other)[left], np.asarray(out)[left] / 0.75, rtol=1e-5, atol=1e-6)
     (out, _), (other, _) = (jax.jit(moe)(x, valid, None) for moe in (whole, masked))
     np.testing.assert_array_equal(out, other)
+
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS, ids=lambda d: type(d).__name__)
+def test_tokens_are_left_out_in_training_alone_and_count_nowhere(dispatcher):
+    whole, fewer = (layer(dispatcher, "top_k", token_drop=share, capacity=DROPLESS) for share in (0.0, 0.25))
+    x, valid = inputs()
+    (out, _), (other, metrics) = (jax.jit(moe)(x, valid, jax.random.key(0)) for moe in (whole, fewer))
+    left = np.asarray(metrics.kept).any(-1)
+    assert 0.15 < 1 - left.sum() / np.asarray(valid).sum() < 0.35
+    np.testing.assert_array_equal(np.asarray(other)[~left], 0.0)
+    np.testing.assert_allclose(np.asarray(other)[left], np.asarray(out)[left], atol=1e-6)
+    assert float(metrics.stats.tokens) == left.sum()
+    alone = jax.jit(whole)(x, jnp.asarray(left), jax.random.key(0))[1]
+    assert_equal((metrics.losses, metrics.stats), (alone.losses, alone.stats), 1e-6)
+    (out, _), (other, _) = (jax.jit(moe)(x, valid, None) for moe in (whole, fewer))
+    np.testing.assert_array_equal(out, other)
+
+
+def test_a_share_of_dropped_tokens_is_below_one():
+    with pytest.raises(BadInput, match=r"token_drop = 1.0: must be .* below 1"):
+        layer(Gather(), token_drop=1.0)
 
 
 def test_a_share_of_masked_outputs_is_below_one():

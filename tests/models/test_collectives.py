@@ -131,6 +131,13 @@ def test_micro_batches_send_as_often_and_a_first_pass_once_more(mesh_config, los
 
 
 @pytest.mark.sweep
+def test_to_count_the_tokens_that_are_not_dropped_micro_batches_send_nothing():
+    options = {"router": "top_k", "router_options": {"token_drop": 0.1}}
+    program, budget = compiled("train", model(**options), MeshConfig(data=2, expert=4), micro=2)
+    assert budget.breaches(program.collectives) == []
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("step", ["train", "forward"])
 @pytest.mark.parametrize(
     "options",
@@ -156,6 +163,9 @@ def test_micro_batches_send_as_often_and_a_first_pass_once_more(mesh_config, los
         {"router": "demix", "top_k": 1, "router_options": {"tags": list(range(1, 9))}},
         {"router": "soft_moe", "router_options": {"slots": 3}},
         {"router": "stable", "top_k": 1, "losses": {"balance": 0.3, "distillation": 0.3}},
+        {"router": "top_k", "router_options": {"round_to": 2}},
+        {"router": "top_k", "router_options": {"priority": "random", "token_drop": 0.1}},
+        {"router": "moe_pp", "top_k": 4},
         {"dispatcher": "einsum", "shared_hidden": 8, "shared": "residual"},
         {"group_size": 8, "every": 1, "biases": True, "losses": {"balance": 0.01, "z": 0.001, "batch": 0.01}},
         {"capacity_factor": None, "dispatcher": "ragged"},

@@ -52,8 +52,11 @@ def test_the_config_lists_the_registry():
 def test_every_router_is_built_by_its_name_with_its_capacity(name):
     layer = built(router=name, top_k=1, capacity_factor=2.0)
     assert type(layer.router) is ROUTERS[name]
-    # Of expert_choice's 8 choices a token as many slots as of one choice; soft_moe's are parameters.
-    own = {"expert_choice": Capacity(0.25, evaluation=0.25), "soft_moe": Fixed(minimum=1)}
+    own = {
+        "expert_choice": Capacity(0.25, evaluation=0.25),  # of its 8 choices a token as many slots as of one
+        "soft_moe": Fixed(minimum=1),  # parameters
+        "moe_pp": Capacity(2.0 * 0.6),  # what tau of 8 are of tau 8 + 4
+    }
     assert layer.router.capacity == own.get(name, Capacity(2.0))
 
 
@@ -63,7 +66,13 @@ def test_every_router_is_dropless_without_a_factor(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "sides"), [("top_k", [(16, 8)]), ("noisy_top_k", [(16, 8), (16, 8)]), ("dselect_k", [(16, 12)])]
+    ("name", "sides"),
+    [
+        ("top_k", [(16, 8)]),
+        ("noisy_top_k", [(16, 8), (16, 8)]),
+        ("dselect_k", [(16, 12)]),
+        ("moe_pp", [(16, 8), (16, 4), (16, 4), (2, 16)]),  # the last two of constant experts
+    ],
 )
 def test_matrices_of_a_router_are_those_of_tokens(name, sides):
     assert router_matrices(ModelConfig(width=16, moe=MoEConfig(num_experts=8, router=name, top_k=3))) == sides

@@ -13,6 +13,7 @@ from gshardx.layers.routing.dynmoe import DynMoERouter
 from gshardx.layers.routing.expert_choice import ExpertChoiceRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.hash import HashRouter
+from gshardx.layers.routing.moe_pp import MoePlusPlusRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.quantile import QuantileRouter
 from gshardx.layers.routing.relu import ReluRouter
@@ -54,6 +55,7 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "demix": DemixRouter,
     "soft_moe": SoftMoERouter,
     "stable": StableRouter,
+    "moe_pp": MoePlusPlusRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -71,6 +73,7 @@ __all__ = [
     "GShardRouter",
     "HashRouter",
     "Losses",
+    "MoePlusPlusRouter",
     "NoisyTopKRouter",
     "Priority",
     "QuantileRouter",

@@ -64,7 +64,7 @@ class AdaMoERouter(LinearRouter):
         return self.route(
             gating,
             softmax_over(take(logits, experts), true),
-            training=rng is not None,
+            rng=rng,
             judged=gating._replace(gates=jnp.concatenate([own, alike], axis=-1)),
             wanted=true & valid[..., None],
         )

@@ -56,7 +56,7 @@ class BaseRouter(LinearRouter):
         else:  # on each device alone: whether to go on is then no question to the others
             experts = manual(assignment, ("group", "group"), "group", check_vma=False)(units(logits, valid), valid)
         gating = Gating(logits, jax.nn.softmax(logits, axis=-1), experts, valid)
-        return self.route(gating, jax.nn.sigmoid(take(logits, experts)), training=rng is not None)
+        return self.route(gating, jax.nn.sigmoid(take(logits, experts)), rng=rng)
 
 
 class Auction(NamedTuple):

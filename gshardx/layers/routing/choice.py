@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.errors import BadInput
 
-Priority = Literal["position", "gate"]
-"""Who takes slots first among equal ranks: earlier tokens (GShard), or those with the larger first gate (V-MoE's
-batch-prioritised routing, arXiv 2106.05974)."""
+Priority = Literal["position", "gate", "random"]
+"""Who takes slots first among equal ranks: earlier tokens (GShard), those with the larger first gate (V-MoE's
+batch-prioritised routing, arXiv 2106.05974), or in training whoever is drawn (DeepSpeed's random token selection)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Capacity:
     """"four": down, then up to a multiple of 4, as in lingvo's code (there so that XLA need not pad)."""
     minimum: int = 1
     """Smallest number of slots (lingvo and flaxformer: 4)."""
+    tile: int = 1
+    """Slots are rounded up to a multiple of it."""
 
     def slots(self, tokens: int, num_experts: int, top_k: int, training: bool) -> int:
         """Slots of an expert for a group of ``tokens``. A token chooses an expert once, so more than s stay empty."""
@@ -42,7 +44,7 @@ class Capacity:
         rounded = math.ceil(share - noise) if self.rounding == "up" else int(share + noise)
         if self.rounding == "four":
             rounded = math.ceil(rounded / 4) * 4
-        return min(tokens, max(rounded, self.minimum))
+        return min(tokens, math.ceil(max(rounded, self.minimum) / self.tile) * self.tile)
 
 
 def top_k(scores: Float[Array, "g s e"], k: int) -> Int[Array, "g s k"]:

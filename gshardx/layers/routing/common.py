@@ -10,9 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.errors import BadInput
 from gshardx.layers.balance import BalanceLoss, Gating, Loss, ZLoss
+from gshardx.layers.draws import draw, folded, row_keys
 from gshardx.layers.routing.choice import Capacity, Priority, assign_slots, take
 from gshardx.layers.routing.contract import RouterState, Routing
 from gshardx.layers.routing.statistics import count
+
+_AT_PRIORITY = 2**32 - 2
+"""Where routers fold small numbers into a group's key, the priority "random" folds this."""
 
 
 class RouterBase(nnx.Module):
@@ -26,6 +30,7 @@ class RouterBase(nnx.Module):
         losses: auxiliary losses by name.
         output_masking: share of the choices whose expert's output training leaves out; the others count for more
             (expert output masking of NLLB, arXiv 2207.04672, which has 0.2).
+        token_drop: share of a group's tokens that training does not route: they take no slot, and count nowhere.
     """
 
     MIXES = False
@@ -41,13 +46,17 @@ class RouterBase(nnx.Module):
         priority: Priority = "position",
         losses: Mapping[str, Loss] | None = None,
         output_masking: float = 0.0,
+        token_drop: float = 0.0,
     ) -> None:
         if top_k > num_experts:
             raise BadInput(f"top_k = {top_k} is more than num_experts = {num_experts}; use {num_experts} or less")
         self.num_experts, self.top_k = num_experts, top_k
         if not 0 <= output_masking < 1:
             raise BadInput(f"output_masking = {output_masking}: must be 0 or more and below 1; NLLB has 0.2")
-        self.capacity, self.priority, self.output_masking = capacity, priority, output_masking
+        if not 0 <= token_drop < 1:
+            raise BadInput(f"token_drop = {token_drop}: must be 0 or more and below 1")
+        self.capacity, self.priority = capacity, priority
+        self.output_masking, self.token_drop = output_masking, token_drop
         self.losses = tuple((self.LOSSES if losses is None else losses).items())
 
     @property
@@ -80,7 +89,7 @@ class RouterBase(nnx.Module):
         gating: Gating,
         weights: Float[Array, "g s k"],
         *,
-        training: bool,
+        rng: Array | None,
         judged: Gating | None = None,
         counted: Bool[Array, "g s"] | None = None,
         wanted: Bool[Array, "g s k"] | None = None,
@@ -92,7 +101,7 @@ class RouterBase(nnx.Module):
         Args:
             gating: the decision; the gate of its first choice sets the priority "gate".
             weights: of the choices; those of choices that are not kept become 0.
-            training: which capacity holds.
+            rng: whether it is training, which has its own capacity, and what the priority "random" draws from.
             judged: what losses see; default: the decision.
             counted: tokens that statistics count; default: those that losses do.
             wanted: choices that take a slot; default: every choice of a real token.
@@ -102,9 +111,9 @@ class RouterBase(nnx.Module):
         experts = gating.experts
         counted = gating.valid if counted is None else counted
         _, s, k = experts.shape
-        capacity = self.capacity.slots(s, self.num_experts, k, training)
+        capacity = self.capacity.slots(s, self.num_experts, k, rng is not None)
         wanted = jnp.broadcast_to(counted[..., None], experts.shape) if wanted is None else wanted
-        slots, load = assign_slots(experts, wanted, self.num_experts, self._priority(gating))
+        slots, load = assign_slots(experts, wanted, self.num_experts, self._priority(gating, rng))
         keep = wanted & accepted
         if capacity < s:  # else all fit, as no token chooses an expert twice; slots that nobody asks for go
             keep &= slots < capacity
@@ -123,5 +132,7 @@ class RouterBase(nnx.Module):
             capacity=capacity,
         )
 
-    def _priority(self, gating: Gating) -> Float[Array, "g s"] | None:
+    def _priority(self, gating: Gating, rng: Array | None) -> Float[Array, "g s"] | None:
+        if self.priority == "random" and rng is not None:
+            return draw(jax.random.uniform, folded(row_keys(rng, len(gating.valid)), _AT_PRIORITY), gating.valid.shape)
         return take(gating.gates, gating.experts[..., :1])[..., 0] if self.priority == "gate" else None

@@ -43,6 +43,8 @@ class Routing:
     """The next state; also what :meth:`Router.after_step` turns into the state of the next step."""
     num_experts: int = dataclasses.field(metadata={"static": True})
     capacity: int = dataclasses.field(metadata={"static": True})
+    local: Float[Array, "g s z"] | None = None
+    """fp32, on what experts make of a token where it is (layers/kinds.py); None: the router has no such experts."""
     mixed: bool = dataclasses.field(default=False, metadata={"static": True})
     """Slots hold sums of a group's tokens, by ``input_weights``; a token has all slots of all experts for choices."""
 
@@ -65,6 +67,7 @@ class Router(Protocol):
     top_k: int
     losses: tuple[tuple[str, Loss], ...]
     output_masking: float
+    token_drop: float
 
     @property
     def leak(self) -> str | None: ...  # why no decoder can be served

@@ -46,4 +46,4 @@ class DemixRouter(Tagged, RouterBase):
     ) -> Routing:
         experts = (self.seen(ids, recalled, valid) % self.num_experts)[..., None]
         gates = jax.nn.one_hot(experts[..., 0], self.num_experts, dtype=jnp.float32)
-        return self.route(Gating(gates, gates, experts, valid), jnp.ones(experts.shape), training=rng is not None)
+        return self.route(Gating(gates, gates, experts, valid), jnp.ones(experts.shape), rng=rng)

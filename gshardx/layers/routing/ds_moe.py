@@ -55,9 +55,8 @@ class DsMoeRouter(LinearRouter):
     def __call__(
         self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState = ()
     ) -> Routing:
-        training = rng is not None
         logits = self.logits(tokens)
         gates = jax.nn.softmax(logits, axis=-1)
-        gating = Gating(logits, gates, top_k(logits, self.choices(training)), valid)
+        gating = Gating(logits, gates, top_k(logits, self.choices(rng is not None)), valid)
         chosen_later = gating._replace(experts=gating.experts[..., : self.top_k])
-        return self.route(gating, take(gates, gating.experts), training=training, judged=chosen_later)
+        return self.route(gating, take(gates, gating.experts), rng=rng, judged=chosen_later)

@@ -118,7 +118,7 @@ class DselectKRouter(LinearRouter):
         weights = take(gates, experts)
         made = weights > 0
         gating = Gating(alpha, gates, experts, valid, made=made, selectors=selectors)
-        return self.route(gating, weights, training=rng is not None, wanted=made & valid[..., None])
+        return self.route(gating, weights, rng=rng, wanted=made & valid[..., None])
 
 
 def smooth_step(x: Float[Array, "*n"], gamma: float) -> Float[Array, "*n"]:

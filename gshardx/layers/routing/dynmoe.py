@@ -123,7 +123,7 @@ class DynMoERouter(LinearRouter):
         place = experts[..., None] == jnp.arange(self.num_experts, dtype=jnp.int32)
         gates = jnp.einsum("gsk,gske->gse", weights, place.astype(weights.dtype))
         gating = Gating(cosines, gates, experts, valid, population=Population(columns, state.exists))
-        routing = self.route(gating, weights, training=rng is not None, wanted=wanted, state=state)
+        routing = self.route(gating, weights, rng=rng, wanted=wanted, state=state)
         if rng is None:
             return routing
         unserved = jnp.sum(tokens.astype(jnp.float32), axis=(0, 1), where=(lost & valid)[..., None])

@@ -80,7 +80,7 @@ class ExpertChoiceRouter(LinearRouter):
         chosen = best_tokens(jnp.where(valid[..., None], wishes, -jnp.inf), count) & valid[..., None]
         experts = jnp.broadcast_to(jnp.arange(self.num_experts, dtype=jnp.int32), gates.shape)
         gating = Gating(logits, gates, experts, valid)
-        return self.route(gating, gates, training=rng is not None, wanted=chosen)
+        return self.route(gating, gates, rng=rng, wanted=chosen)
 
 
 def best_tokens(wishes: Float[Array, "g s e"], count: int) -> Bool[Array, "g s e"]:

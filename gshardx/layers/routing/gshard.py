@@ -84,7 +84,7 @@ class GShardRouter(LinearRouter):
         routing = self.route(
             Gating(logits, gates, experts, first),
             weights,
-            training=rng is not None,
+            rng=rng,
             counted=others,
             wanted=wanted,
             accepted=accepted,

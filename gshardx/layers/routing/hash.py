@@ -72,7 +72,7 @@ class HashRouter(RouterBase):
         chosen = experts[..., None] == jnp.arange(self.num_experts, dtype=jnp.int32)
         gates = chosen.any(-2).astype(jnp.float32) / self.top_k
         gating = Gating(gates, gates, experts, valid)
-        return self.route(gating, jnp.ones(experts.shape), training=rng is not None)
+        return self.route(gating, jnp.ones(experts.shape), rng=rng)
 
 
 def hashed(ids: Int[Array, "g s"], seed: int) -> Int[Array, "g s"]:

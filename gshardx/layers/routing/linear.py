@@ -40,6 +40,6 @@ class LinearRouter(RouterBase):
         return jnp.einsum("gsm,me->gse", tokens.astype(jnp.float32), whole, precision=jax.lax.Precision.HIGHEST)
 
 
-def normalised(weights: Float[Array, "g s k"], epsilon: float = 1e-9) -> Float[Array, "g s k"]:
-    """Weights that add up to 1 over the choices."""
-    return weights / (weights.sum(-1, keepdims=True) + epsilon)
+def normalised(weights: Float[Array, "g s k"], epsilon: float = 1e-9, over: int | None = None) -> Float[Array, "g s k"]:
+    """Weights that add up to 1 over the choices, or over the first ones."""
+    return weights / (weights[..., :over].sum(-1, keepdims=True) + epsilon)

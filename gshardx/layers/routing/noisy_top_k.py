@@ -61,7 +61,7 @@ class NoisyTopKRouter(LinearRouter):
         chosen = experts[..., None] == jnp.arange(self.num_experts, dtype=jnp.int32)
         gates = jnp.einsum("gsk,gske->gse", weights, chosen.astype(weights.dtype))
         gating = Gating(logits, gates, experts, valid, chances)
-        return self.route(gating, weights, training=rng is not None)
+        return self.route(gating, weights, rng=rng)
 
 
 def chances_of(

@@ -90,7 +90,7 @@ class QuantileRouter(LinearRouter):
         if self.renormalise:
             weights = normalised(weights, 1e-20)
         gating = Gating(logits, normalised(scores, 1e-20), experts, valid)
-        routing = self.route(gating, weights * self.scale, training=rng is not None)
+        routing = self.route(gating, weights * self.scale, rng=rng)
         if rng is not None:
             alpha = take(left, best[..., -1:])
             found, weight = quantiles(by - alpha, valid, self.top_k / self.num_experts)

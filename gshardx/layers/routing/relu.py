@@ -104,7 +104,7 @@ class ReluRouter(LinearRouter):
         routing = self.route(
             gating,
             weights,
-            training=rng is not None,
+            rng=rng,
             judged=gating._replace(gates=jax.nn.softmax(logits, axis=-1)),
             wanted=active & valid[..., None],
         )
@@ -117,6 +117,6 @@ class ReluRouter(LinearRouter):
             state=SparsityState(state.coefficient, state.active + counts.sum(), state.tokens + real),
         )
 
-    def _priority(self, gating: Gating) -> Float[Array, "g s"] | None:
+    def _priority(self, gating: Gating, rng: Array | None) -> Float[Array, "g s"] | None:
         """By the gate itself: its share is 1 for every token with one active expert."""
-        return super()._priority(gating._replace(gates=jax.nn.relu(gating.logits)))
+        return super()._priority(gating._replace(gates=jax.nn.relu(gating.logits)), rng)

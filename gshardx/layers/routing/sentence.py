@@ -39,7 +39,7 @@ class SentenceRouter(TopKRouter):
         recalled: Float[Array, "g s e"] | None = None,
     ) -> Routing:
         logits = running_mean(self.logits(tokens), valid) if recalled is None else recalled
-        return self.choose(logits, valid, training=rng is not None)
+        return self.choose(logits, valid, rng)
 
 
 def running_mean(notes: Float[Array, "g s n"], valid: Bool[Array, "g s"]) -> Float[Array, "g s n"]:

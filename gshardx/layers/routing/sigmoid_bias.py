@@ -83,7 +83,7 @@ class SigmoidBiasRouter(LinearRouter):
             weights = normalised(weights, 1e-20)
         gating = Gating(logits, normalised(scores, 1e-20), experts, valid)
         unbiased = gating._replace(experts=top_k(scores, self.top_k))  # the paper's eq. 18 counts these
-        routing = self.route(gating, weights * self.scale, training=rng is not None, judged=unbiased)
+        routing = self.route(gating, weights * self.scale, rng=rng, judged=unbiased)
         state = BiasState(state.bias, state.load + routing.stats.load)
         if self.weigh == "input":
             ones = routing.keep.astype(jnp.float32)

@@ -68,7 +68,7 @@ class SinkhornRouter(LinearRouter):
             experts = chosen(scores + offsets(scores, valid, self.iterations), logits, self.top_k)
         gates = jax.nn.softmax(logits, axis=-1)
         weights = take(jax.nn.sigmoid(logits) if self.top_k == 1 else gates, experts)
-        return self.route(Gating(logits, gates, experts, valid), weights, training=rng is not None)
+        return self.route(Gating(logits, gates, experts, valid), weights, rng=rng)
 
 
 def offsets(scores: Float[Array, "g s e"], valid: Bool[Array, "g s"], iterations: int) -> Float[Array, "g 1 e"]:

@@ -84,7 +84,7 @@ class SmoeDropoutRouter(LinearRouter):
         made = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32) < now, experts.shape)
         weights = jax.nn.softmax(jnp.where(made, take(logits, experts), -jnp.inf), axis=-1)
         gating = Gating(logits, jax.nn.softmax(logits, axis=-1), experts, valid, made=made)
-        return self.route(gating, weights, training=rng is not None, wanted=made & valid[..., None], state=state)
+        return self.route(gating, weights, rng=rng, wanted=made & valid[..., None], state=state)
 
 
 def grows_at(fewest: int, most: int, steps: int) -> list[int]:

@@ -71,7 +71,7 @@ class SparseMixerRouter(LinearRouter):
             experts.append(expert)
             left &= expert != jnp.arange(self.num_experts, dtype=jnp.int32)
         gating = Gating(logits, jax.nn.softmax(logits, axis=-1), jnp.concatenate(experts, axis=-1), valid)
-        return self.route(gating, jnp.concatenate(weights, axis=-1), training=rng is not None)
+        return self.route(gating, jnp.concatenate(weights, axis=-1), rng=rng)
 
 
 def _drawn(

@@ -119,7 +119,7 @@ class StableRouter(LinearRouter):
         distilled = self.product(shard(words[ids], "group token model"), self.directions)
         gating = Gating(logits, normalised(scores, 1e-20), experts, valid, distilled=distilled)
         state = StageState(state.step, table)
-        routing = self.route(gating, take(scores, experts), training=rng is not None, state=state)
+        routing = self.route(gating, take(scores, experts), rng=rng, state=state)
         on, losses, sums = first.astype(jnp.float32), dict(routing.losses), dict(routing.loss_sums)
         for name in {"balance", "distillation"} & set(losses):
             losses[name], sums[name] = on * losses[name], (on * sums[name][0], sums[name][1])

@@ -41,4 +41,4 @@ class SwitchRouter(LinearRouter):
         logits = self.logits(tokens)
         gates = jax.nn.softmax(logits, axis=-1)
         experts = top_k(logits, 1)
-        return self.route(Gating(logits, gates, experts, valid), take(gates, experts), training=rng is not None)
+        return self.route(Gating(logits, gates, experts, valid), take(gates, experts), rng=rng)

@@ -54,4 +54,4 @@ class TaskRouter(Tagged, TopKRouter):
         recalled: Float[Array, "g s n"] | None = None,
     ) -> Routing:
         task = jax.nn.one_hot(self.seen(ids, recalled, valid), len(self.tags) + 1, dtype=jnp.float32)
-        return self.choose(self.logits(task), valid, training=rng is not None)
+        return self.choose(self.logits(task), valid, rng)

@@ -14,6 +14,7 @@ from gshardx.layers.routing import (
     DsMoeRouter,
     DynMoERouter,
     GShardRouter,
+    MoePlusPlusRouter,
     NoisyTopKRouter,
     QuantileRouter,
     ReluRouter,
@@ -45,6 +46,7 @@ ROUTERS = {
     "gshard after": (GShardRouter, (E, 2), {"normalise": "after", "priority": "gate"}, ()),
     "switch": (SwitchRouter, (E,), {"jitter": 0.0}, ()),
     "top_k": (TopKRouter, (E, 3), {"groups": 4, "groups_kept": 2, "renormalise": False}, ()),
+    "top_k, rounded": (TopKRouter, (E, 3), {"round_to": 2}, ()),
     "sigmoid_bias": (SigmoidBiasRouter, (E, 2), {"scale": 2.5}, (BIAS,)),
     "noisy_top_k, drawn": (NoisyTopKRouter, (E, 2), {}, ()),
     "dynmoe": (DynMoERouter, (E, 4), {}, (start(M, E, 7),)),
@@ -62,10 +64,11 @@ ROUTERS = {
     "sentence": (SentenceRouter, (E, 2), {}, ()),
     "sparse_mixer": (SparseMixerRouter, (E, 2), {"jitter": 0.0}, ()),
     "sparse_mixer, drawn": (SparseMixerRouter, (E, 3), {"jitter": 0.5}, ()),
+    "moe_pp": (MoePlusPlusRouter, (E, 3), {"constant": 1}, ()),
 }
 EVEN = {"base"}
 """Routers that ask no expert in training for more than these slots."""
-CHANGING = {"adamoe", "dselect_k", "dynmoe", "relu", "smoe_dropout"}
+CHANGING = {"adamoe", "dselect_k", "dynmoe", "moe_pp", "relu", "smoe_dropout", "top_k, rounded"}
 """Whose tokens want some of their choices only."""
 IN_ORDER = {"sentence"}
 """Whose choices hang on earlier tokens of the group."""

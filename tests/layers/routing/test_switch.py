@@ -80,6 +80,24 @@ def test_the_router_learns_through_the_weight_as_the_softmax_says():
     assert np.abs(expected).max() > 0.1
 
 
+def test_priority_at_random_keeps_as_many_anywhere_in_the_group():
+    tokens, kernel, valid = data(2, "one expert", 64, 4, g=64, padding="some")
+    keep = {}
+    for priority, seed in (("position", 0), ("random", 0), ("random", 1)):
+        call = compiled(SwitchRouter, 4, jitter=0.0, priority=priority, capacity=Capacity(1.0))
+        keep[priority, seed] = np.asarray(call(kernel, tokens, valid, jax.random.key(seed))[0].keep)[..., 0]
+        routing = call(kernel, tokens, valid, None)[0]
+        np.testing.assert_array_equal(routing.keep[..., 0], valid)
+    by_position, one, other = keep.values()
+    np.testing.assert_array_equal(one.sum(1), by_position.sum(1))
+    assert not one[~valid].any()
+    assert (one != other).mean() > 0.2
+    by_half = [part.sum() for part in np.split(one, 2, axis=1)]
+    assert 0.8 < by_half[0] / by_half[1] < 1.25, "1024 tokens that stay"
+    by_half = [part.sum() for part in np.split(by_position, 2, axis=1)]
+    assert by_half[0] > 2 * by_half[1]
+
+
 def test_priority_by_gate_keeps_the_highest_gates_and_drops_no_more_gate_mass():
     tokens, kernel, valid = data(2, "random", 64, 4, g=4, padding="some")
     kept, mass = {}, {}
