@@ -45,6 +45,9 @@ RouterName = Literal[
     "ds_moe",
     "dselect_k",
     "dynmoe",
+    "smear",
+    "lory",
+    "meo",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

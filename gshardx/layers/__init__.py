@@ -1,6 +1,7 @@
 """What is computed: Flax NNX modules over pure functions."""
 
 from gshardx.layers.attention import Attention
+from gshardx.layers.blending import Blend, Blending
 from gshardx.layers.block import Block, Layers, Stack, Unit
 from gshardx.layers.dense import Dense
 from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Ragged, choose_dispatcher
@@ -28,7 +29,9 @@ from gshardx.layers.routing import (
     ExpertChoiceRouter,
     GShardRouter,
     HashRouter,
+    LoryRouter,
     Losses,
+    MeoRouter,
     NoisyTopKRouter,
     QuantileRouter,
     ReluRouter,
@@ -39,6 +42,7 @@ from gshardx.layers.routing import (
     SigmoidBiasRouter,
     SinkhornRouter,
     SkyworkRouter,
+    SmearRouter,
     SmoeDropoutRouter,
     SparseMixerRouter,
     SwitchRouter,
@@ -53,6 +57,8 @@ __all__ = [
     "Attention",
     "Auto",
     "BaseRouter",
+    "Blend",
+    "Blending",
     "Block",
     "AdaMoERouter",
     "Capacity",
@@ -77,7 +83,9 @@ __all__ = [
     "LatentPages",
     "LayerNorm",
     "Layers",
+    "LoryRouter",
     "Losses",
+    "MeoRouter",
     "Memory",
     "MergedExperts",
     "MoE",
@@ -102,6 +110,7 @@ __all__ = [
     "SigmoidBiasRouter",
     "SinkhornRouter",
     "SkyworkRouter",
+    "SmearRouter",
     "SparseMixerRouter",
     "Stack",
     "SwitchRouter",

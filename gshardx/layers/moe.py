@@ -84,6 +84,8 @@ class MoE(nnx.Module):
             at_output = None if keys is None else folded(keys, _AT_OUTPUT)
             masked = dropout(routing.weights, at_output, self.router.output_masking)
             routing = dataclasses.replace(routing, weights=masked)
+        if routing.stretch is not None and t % s:
+            raise BadInput(f"group_size = {s}: experts are merged for stretches of a row of {t} tokens; use a divisor")
         choices, kept = (x.reshape(b, t, -1) for x in (routing.experts, routing.keep))
         if self.place is not None:
             routing = dataclasses.replace(routing, experts=self.place[...][routing.experts])

@@ -25,9 +25,10 @@ from gshardx.layers import (
 from gshardx.layers.balance import BalanceLoss, Loss
 from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
 from gshardx.layers.losses import CommunicationLoss, DeviceLoss, ImportanceLoss
-from gshardx.layers.routing import ROUTERS, Router, RouterBase
+from gshardx.layers.routing import ROUTERS, RouterBase
 from gshardx.layers.routing.choice import check_groups
 from gshardx.layers.routing.ds_moe import MutualInformationLoss
+from gshardx.layers.routing.merging import MergingRouter
 from gshardx.layers.shared import Beside, nothing
 from gshardx.models.options import Options, check_options
 
@@ -69,6 +70,8 @@ def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
     """What the dispatcher is in training, and why, in a line."""
     if moe.dispatcher != "auto":
         return f"{moe.dispatcher}: model.moe.dispatcher says so"
+    if issubclass(ROUTERS[moe.router], MergingRouter):
+        return f"blending: router {moe.router} merges experts"
     group = moe.group_size or sequence_length
     k = training_choices(moe)
     slots = Capacity(moe.capacity_factor).slots(group, moe.num_experts, k, training=True)
@@ -81,7 +84,7 @@ def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
     ).reason
 
 
-def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> Router:
+def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> RouterBase:
     """Raises BadInput for options that the router does not have."""
     made: Any = ROUTERS[moe.router]
     options = check_router_options(moe)
@@ -90,10 +93,15 @@ def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs) -> Router:
     if "top_k" in inspect.signature(made.__init__).parameters:
         common["top_k"] = moe.top_k
     try:
-        router: Router = made(width=width, num_experts=moe.num_experts, **common, **options)
+        router: RouterBase = made(width=width, num_experts=moe.num_experts, **common, **options)
     except BadInput as error:
         raise BadInput(f"model.moe.router = {moe.router}: {error}") from error
     return router
+
+
+def training_stretch(moe: MoEConfig, group: int) -> int | None:
+    """Tokens of a group that share a network merged from experts; None: the router merges none."""
+    return _abstract_router(moe, 1).stretch(group)
 
 
 def training_choices(moe: MoEConfig) -> int:
@@ -107,7 +115,7 @@ def router_matrices(config: ModelConfig) -> list[tuple[int, int]]:
     return [(p.shape[0], p.shape[1]) for p in parameters if len(p.shape) == 2]
 
 
-def _abstract_router(moe: MoEConfig, width: int) -> Router:
+def _abstract_router(moe: MoEConfig, width: int) -> RouterBase:
     options = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in moe.router_options.items())
     factor, losses = moe.capacity_factor, tuple(moe.losses.items())
     return _traced_router(moe.router, moe.num_experts, moe.top_k, factor, options, losses, width)
@@ -122,7 +130,7 @@ def _traced_router(
     options: tuple[Any, ...],
     losses: tuple[Any, ...],
     width: int,
-) -> Router:
+) -> RouterBase:
     """Traced once: a search for a plan asks thousands of times, and it takes 7 ms."""
     given = {option: list(x) if isinstance(x, tuple) else x for option, x in options}
     moe = MoEConfig(num_experts, top_k, router=name, router_options=given, losses=dict(losses), capacity_factor=factor)
@@ -149,6 +157,8 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
         raise BadInput(
             f"model.moe.router = {moe.router} chooses one expert, but model.moe.top_k = {moe.top_k}; use top_k 1"
         )
+    if issubclass(ROUTERS[moe.router], MergingRouter):
+        _check_merging(moe)
     options = check_options("model.moe.router_options", moe.router_options, known, f"router {moe.router!r}")
     groups, kept = (int(moe.router_options.get(name, 1)) for name in ("groups", "groups_kept"))
     try:
@@ -171,6 +181,19 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
         if groups == 1:
             raise BadInput(f"model.moe.losses.{name} needs groups of experts; set model.moe.router_options.groups")
     return options
+
+
+def _check_merging(moe: MoEConfig) -> None:
+    if moe.router in ("smear", "lory") and moe.top_k != 1:
+        raise BadInput(
+            f"model.moe.router = {moe.router} merges all experts into one network, but model.moe.top_k = {moe.top_k}; "
+            "use top_k 1"
+        )
+    for name, value, usual in (("dispatcher", moe.dispatcher, "auto"), ("wire", moe.wire, "same")):
+        if value != usual:
+            raise BadInput(
+                f"model.moe.{name} = {value}: router {moe.router} merges experts and sends no token; use {usual}"
+            )
 
 
 def _loss(name: str, moe: MoEConfig) -> Loss:

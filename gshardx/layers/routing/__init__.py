@@ -12,12 +12,16 @@ from gshardx.layers.routing.dynmoe import DynMoERouter
 from gshardx.layers.routing.expert_choice import ExpertChoiceRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.hash import HashRouter
+from gshardx.layers.routing.lory import LoryRouter
+from gshardx.layers.routing.meo import MeoRouter
+from gshardx.layers.routing.merging import MergingRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.quantile import QuantileRouter
 from gshardx.layers.routing.relu import ReluRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.sinkhorn import SinkhornRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
+from gshardx.layers.routing.smear import SmearRouter
 from gshardx.layers.routing.smoe_dropout import SmoeDropoutRouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
 from gshardx.layers.routing.statistics import RouterStats
@@ -44,6 +48,9 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "ds_moe": DsMoeRouter,
     "dselect_k": DselectKRouter,
     "dynmoe": DynMoERouter,
+    "smear": SmearRouter,
+    "lory": LoryRouter,
+    "meo": MeoRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -59,7 +66,10 @@ __all__ = [
     "DynMoERouter",
     "GShardRouter",
     "HashRouter",
+    "LoryRouter",
     "Losses",
+    "MeoRouter",
+    "MergingRouter",
     "NoisyTopKRouter",
     "Priority",
     "QuantileRouter",
@@ -74,6 +84,7 @@ __all__ = [
     "SigmoidBiasRouter",
     "SinkhornRouter",
     "SkyworkRouter",
+    "SmearRouter",
     "SparseMixerRouter",
     "SwitchRouter",
     "TopKRouter",

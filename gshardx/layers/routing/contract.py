@@ -42,6 +42,8 @@ class Routing:
     """The next state; also what :meth:`Router.after_step` turns into the state of the next step."""
     num_experts: int = dataclasses.field(metadata={"static": True})
     capacity: int = dataclasses.field(metadata={"static": True})
+    stretch: int | None = dataclasses.field(default=None, metadata={"static": True})
+    """Tokens that share a network merged from experts, weights being its mixture; None: experts stay apart."""
 
 
 class Router(Protocol):
@@ -57,6 +59,7 @@ class Router(Protocol):
     top_k: int
     losses: tuple[tuple[str, Loss], ...]
     output_masking: float
+    sees_later: bool  # whether it is later tokens that a ``leak`` is of
 
     @property
     def leak(self) -> str | None: ...  # why no decoder can be served

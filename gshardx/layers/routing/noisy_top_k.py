@@ -50,6 +50,13 @@ class NoisyTopKRouter(LinearRouter):
     def __call__(
         self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState = ()
     ) -> Routing:
+        gating, weights = self.decision(tokens, valid, rng)
+        return self.route(gating, weights, training=rng is not None)
+
+    def decision(
+        self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None
+    ) -> tuple[Gating, Float[Array, "g s k"]]:
+        """What is chosen, and what each choice weighs."""
         clean = logits = self.logits(tokens)
         chances = jnp.ones_like(clean)
         if rng is not None:
@@ -60,8 +67,7 @@ class NoisyTopKRouter(LinearRouter):
         weights = jax.nn.softmax(take(logits, experts), axis=-1)
         chosen = experts[..., None] == jnp.arange(self.num_experts, dtype=jnp.int32)
         gates = jnp.einsum("gsk,gske->gse", weights, chosen.astype(weights.dtype))
-        gating = Gating(logits, gates, experts, valid, chances)
-        return self.route(gating, weights, training=rng is not None)
+        return Gating(logits, gates, experts, valid, chances), weights
 
 
 def chances_of(

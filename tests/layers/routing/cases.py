@@ -21,7 +21,7 @@ DRAWN = {
 def compiled(make, *numbers, **options):
     """``call(kernel, tokens, valid, rng, *state, **parameters) -> (routing, logits of the tokens)``.
 
-    Parameters that are not given are as they are drawn.
+    Parameters that are not given are as they are drawn; ``norm_scale`` is that of ``norm``.
     """
     made = make(M, *numbers, **options, rngs=nnx.Rngs(0))
     graph, params = nnx.split(made)
@@ -29,10 +29,14 @@ def compiled(make, *numbers, **options):
     @jax.jit
     def call(kernel, tokens, valid, rng, *state, **others):
         given = {"kernel": kernel, **others}
-        router = nnx.merge(graph, jax.tree.map_with_path(lambda path, leaf: given.get(path[0].key, leaf), params))
+        router = nnx.merge(graph, jax.tree.map_with_path(lambda path, leaf: given.get(_name(path), leaf), params))
         return router(tokens, valid, rng, *state), router.logits(tokens)
 
     return call
+
+
+def _name(path):
+    return "_".join(step.key for step in path if hasattr(step, "key"))
 
 
 def data(seed, kind, s, e, g=G, padding="none"):
