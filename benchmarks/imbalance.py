@@ -100,7 +100,7 @@ DISPATCHERS: dict[str, dict[str, Any]] = {
 
 
 def config(sizes: Sizes, **moe: Any) -> ModelConfig:
-    top_k = 1 if moe.get("router") in ("switch", "base") else 2
+    top_k = 1 if moe.get("router") in ("switch", "base", "smear", "lory") else 2
     options = {"num_experts": sizes.experts, "hidden": sizes.hidden, "top_k": top_k, **moe}
     return ModelConfig(width=sizes.width, moe=MoEConfig(**options))
 

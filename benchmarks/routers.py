@@ -25,7 +25,8 @@ from gshardx.layers.routing import ROUTERS
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 HIDDEN, TOP_K = 256, 2
-"""Of the quickstart's experts; a router that takes one expert gets them twice as wide."""
+"""Of the quickstart's experts; a router that takes one expert, or merges some into one, gets them twice
+as wide."""
 WITHIN = 1.03
 """A router whose loss is further than this from gshard's has the reason on its page."""
 DENSE = {
@@ -52,6 +53,9 @@ def options(name: str) -> dict[str, Any]:
         "sinkhorn": {"losses": "{balance: 0.0}"},
         "hash": {"losses": "{balance: 0.0}"},
         "noisy_top_k": {"losses": "{importance: 0.1, load: 0.1}"},
+        "smear": {"top_k": 1, "hidden": HIDDEN * TOP_K, "losses": "{balance: 0.0}"},
+        "lory": {"top_k": 1, "hidden": HIDDEN * TOP_K, "losses": "{balance: 0.0}"},
+        "meo": {"hidden": HIDDEN * TOP_K, "losses": "{importance: 0.01, load: 0.01}"},
         "expert_choice": {"capacity_factor": 1.0, "losses": "{balance: 0.0}"},
     }
     return {"router": name, **own.get(name, {})}
