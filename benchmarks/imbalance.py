@@ -100,7 +100,7 @@ DISPATCHERS: dict[str, dict[str, Any]] = {
 
 
 def config(sizes: Sizes, **moe: Any) -> ModelConfig:
-    top_k = 1 if moe.get("router") in ("switch", "base", "stable") else 2
+    top_k = 1 if moe.get("router") in ("switch", "base", "stable", "demix", "smear", "lory") else 2
     losses = {name: weight for router, (name, weight, _) in NEEDED.items() if router == moe.get("router")}
     options = {"num_experts": sizes.experts, "hidden": sizes.hidden, "top_k": top_k, "losses": losses, **moe}
     return ModelConfig(width=sizes.width, moe=MoEConfig(**options))

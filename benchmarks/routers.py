@@ -34,7 +34,8 @@ from gshardx.train.objective import Batch
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 HIDDEN, TOP_K = 256, 2
-"""Of the quickstart's experts; a router that takes one expert gets them twice as wide."""
+"""Of the quickstart's experts; a router that takes one expert, or merges some into one, gets them twice
+as wide."""
 WITHIN = 1.03
 """A router whose loss is further than this from gshard's has the reason on its page."""
 DENSE = {
@@ -67,6 +68,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dselect_k": {"losses": "{selector_entropy: 0.001, selector_reach: 1.0}"},
     "dynmoe": {"losses": "{balance: 0.01, diversity: 0.01}"},
     "moe_pp": {"top_k": 3},  # with even loads one of three choices is local, about
+    "smear": WIDE | UNWEIGHED,
+    "lory": WIDE | UNWEIGHED | {"router_options": "{segment: 32}"},  # a quarter of a row, where the paper has 16 in one
+    "meo": {"hidden": HIDDEN * TOP_K, "losses": "{importance: 0.01, load: 0.01}"},
     "sentence": {"capacity_factor": "null"},
     "soft_moe": UNWEIGHED | {"router_options": "{slots: 32}"},  # as many as choices of 128 tokens
     "stable": WIDE | {"router_options": "{steps: 80}", "losses": "{balance: 0.3, distillation: 0.3}"},

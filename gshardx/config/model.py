@@ -52,6 +52,9 @@ RouterName = Literal[
     "soft_moe",
     "stable",
     "moe_pp",
+    "smear",
+    "lory",
+    "meo",
 ]
 SCALES = ("embedding", "residual", "attention", "logits")
 

@@ -25,7 +25,7 @@ from gshardx.convert.rewrite import EXPERTS, ROUTER, Given, Part
 from gshardx.convert.rules import spot_of
 from gshardx.errors import BadInput
 
-_OTHERWISE = ("cosine", "adamoe", "dynmoe", "hash", "demix", "soft_moe", "stable", "moe_pp")
+_OTHERWISE = ("cosine", "adamoe", "dynmoe", "hash", "demix", "soft_moe", "stable", "moe_pp", "smear")
 """Routers that do not have a column and a bias for each expert, and nothing else."""
 _NOT_COPIED = ("switch", "sparse_mixer", "base", "sinkhorn", "relu", "smoe_dropout", "dselect_k")
 """Routers whose weights of two copies of an expert do not add up to the expert's."""
@@ -85,8 +85,8 @@ def duplicated(model: ModelConfig, copies: int) -> tuple[ModelConfig, Change]:
         raise BadInput("model.moe.router_options.groups: their two best experts would be copies; not for sigmoid_bias")
     if (sigmoid and not options.get("renormalise", True)) or options.get("softmax") == "none":
         options["scale"] = options.get("scale", 1.0) / copies
-    count = moe.num_experts
-    new = dataclasses.replace(moe, num_experts=copies * count, top_k=copies * moe.top_k, router_options=options)
+    count, top_k = moe.num_experts, moe.top_k if moe.router == "lory" else copies * moe.top_k
+    new = dataclasses.replace(moe, num_experts=copies * count, top_k=top_k, router_options=options)
     return dataclasses.replace(model, moe=new), taken(np.repeat(np.arange(count), copies).tolist(), count)
 
 

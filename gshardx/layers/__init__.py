@@ -1,9 +1,10 @@
 """What is computed: Flax NNX modules over pure functions."""
 
 from gshardx.layers.attention import Attention
+from gshardx.layers.blending import Blend, Blending
 from gshardx.layers.block import Block, Layers, Stack, Unit
 from gshardx.layers.dense import Dense
-from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Mixing, Ragged, choose_dispatcher
+from gshardx.layers.dispatch import Auto, Dispatcher, Einsum, Gather, Ragged, choose_dispatcher
 from gshardx.layers.embed import Embedding, Unembedding
 from gshardx.layers.experts import Experts, FeedForward
 from gshardx.layers.kernel_pages import KernelPages, has_kernel, kernel_attention
@@ -11,6 +12,7 @@ from gshardx.layers.kinds import Kinds, kinds_of
 from gshardx.layers.latent import LatentAttention
 from gshardx.layers.memory import KVCache, Memory, Packed
 from gshardx.layers.merged_experts import MergedExperts, merged
+from gshardx.layers.mixing import Mixing
 from gshardx.layers.moe import MoE, MoEMetrics
 from gshardx.layers.norm import NORMS, LayerNorm, RMSNorm
 from gshardx.layers.paged import Paged, paged_attention
@@ -30,7 +32,9 @@ from gshardx.layers.routing import (
     ExpertChoiceRouter,
     GShardRouter,
     HashRouter,
+    LoryRouter,
     Losses,
+    MeoRouter,
     MoePlusPlusRouter,
     NoisyTopKRouter,
     QuantileRouter,
@@ -43,6 +47,7 @@ from gshardx.layers.routing import (
     SigmoidBiasRouter,
     SinkhornRouter,
     SkyworkRouter,
+    SmearRouter,
     SmoeDropoutRouter,
     SoftMoERouter,
     SparseMixerRouter,
@@ -60,6 +65,8 @@ __all__ = [
     "Attention",
     "Auto",
     "BaseRouter",
+    "Blend",
+    "Blending",
     "Block",
     "AdaMoERouter",
     "Capacity",
@@ -88,7 +95,9 @@ __all__ = [
     "LatentPages",
     "LayerNorm",
     "Layers",
+    "LoryRouter",
     "Losses",
+    "MeoRouter",
     "Memory",
     "MergedExperts",
     "MoE",
@@ -116,6 +125,7 @@ __all__ = [
     "SinkhornRouter",
     "SkyworkRouter",
     "SoftMoERouter",
+    "SmearRouter",
     "SparseMixerRouter",
     "StableRouter",
     "Stack",

@@ -21,11 +21,8 @@ class Gating(NamedTuple):
     gates: Float[Array, "g s e"]  # fp32; a distribution over experts
     experts: Int[Array, "g s k"]
     valid: Bool[Array, "g s"]
-    chances: Float[Array, "g s e"] | None = None  # of each expert to be chosen, where the choice is drawn
-    selectors: Float[Array, "g s i e"] | None = None  # what gates are sums of (dselect_k)
     made: Bool[Array, "g s k"] | None = None  # choices that a token makes, where their number varies
-    distilled: Any = None  # logits [g s e] of a second router (stable)
-    population: Any = None  # routing.growth.Population, where experts come and go
+    own: Any = None  # what a router tells its own losses
 
 
 Sums = tuple[Float[Array, "..."], ...]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from gshardx.errors import BadInput
 
@@ -50,3 +50,8 @@ def dropout(x: Float[Array, "b t m"], keys: Array | None, rate: float) -> Float[
         return x
     keep = draw(lambda key, shape: jax.random.bernoulli(key, 1.0 - rate, shape), keys, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def thinned(valid: Bool[Array, "b t"], keys: Array | None, rate: float) -> Bool[Array, "b t"]:
+    """``valid`` less a share ``rate`` of the entries; ``keys`` as :func:`dropout`'s."""
+    return valid if keys is None or rate == 0.0 else valid & (draw(jax.random.uniform, keys, valid.shape) >= rate)

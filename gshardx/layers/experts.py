@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from gshardx.layers.blending import Blend, through_blends
 from gshardx.layers.dense import Shown
 from gshardx.layers.dispatch.contract import Rows, Slots
 from gshardx.layers.grouped import grouped_matmul
@@ -61,7 +62,7 @@ class FeedForward(nnx.Module):
 
 class Experts(nnx.Module):
     """Expert e transforms the tokens that were sent to it: slots ``[e, g, c, m]``, or :class:`Rows`; the same comes
-    back.
+    back. Of a :class:`Blend` all together transform each stretch.
 
     Args:
         count: e.
@@ -94,11 +95,12 @@ class Experts(nnx.Module):
         self.w_down = param(rngs.params(), "expert hidden embed", (count, hidden, width), down)
         self.b_down = param(rngs.params(), "expert embed", (count, width), zeros) if biases else None
 
-    def __call__(self, x: Slots | Rows) -> Any:
+    def __call__(self, x: Slots | Rows | Blend) -> Any:
         if isinstance(x, Shown):
             raise TypeError("Dense shows every token to every expert; pair it with MergedExperts(experts)")
         with jax.named_scope("experts"):
-            dtype = x.values.dtype if isinstance(x, Rows) else x.dtype
+            given = x.values if isinstance(x, Rows) else x.tokens if isinstance(x, Blend) else x
+            dtype = given.dtype
             names = _input_names(self.activation)
             w_in = tuple(getattr(self, f"w_{name}")[...].astype(dtype) for name in names)
             b_in = tuple(getattr(self, f"b_{name}")[...].astype(dtype) for name in names if self.biases)
@@ -106,6 +108,8 @@ class Experts(nnx.Module):
             weights = (w_in, b_in, self.w_down[...].astype(dtype), b_out)
             if isinstance(x, Rows):
                 return _on_rows(ACTIVATIONS[self.activation], x, *weights)
+            if isinstance(x, Blend):
+                return through_blends(ACTIVATIONS[self.activation], expert_mlp, x, *weights)
             e, g, c, m = x.shape
             out = expert_mlp(ACTIVATIONS[self.activation], x.reshape(e, g * c, m), *weights)
             return shard(out.reshape(e, g, c, m), "expert expert_group slot model")

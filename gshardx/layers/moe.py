@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gshardx.errors import BadInput
 from gshardx.layers.balance import Sums
 from gshardx.layers.dispatch import Dispatcher
-from gshardx.layers.draws import draw, dropout, folded, group_keys, row_keys
+from gshardx.layers.draws import dropout, folded, group_keys, row_keys, thinned
 from gshardx.layers.kinds import Kinds
 from gshardx.layers.routing import Losses, Router, RouterState, RouterStats
 from gshardx.layers.shared import Beside, nothing
@@ -83,12 +83,14 @@ class MoE(nnx.Module):
         tokens = shard(x.reshape(b * t // s, s, m), "group token model")
         with jax.named_scope("gate"):
             keys = None if rng is None else group_keys(row_keys(rng, b), t, s)
+            at_output, at_tokens = (None if keys is None else folded(keys, site) for site in (_AT_OUTPUT, _AT_TOKENS))
             grouped = (None if x is None else x.reshape(-1, s, *x.shape[2:]) for x in (ids, recalled))
             router = self.router.reading(*grouped)
-            routing = router(tokens, self._routed(valid.reshape(-1, s), keys), keys, state)
-            at_output = None if keys is None else folded(keys, _AT_OUTPUT)
+            routing = router(tokens, thinned(valid.reshape(-1, s), at_tokens, self.router.token_drop), keys, state)
             masked = dropout(routing.weights, at_output, self.router.output_masking)
             routing = dataclasses.replace(routing, weights=masked)
+        if routing.stretch is not None and t % s:
+            raise BadInput(f"group_size = {s}: experts are merged for stretches of a row of {t} tokens; use a divisor")
         choices, kept = (x.reshape(b, t, -1) for x in (routing.experts, routing.keep))
         if self.place is not None:
             routing = dataclasses.replace(routing, experts=self.place[...][routing.experts])
@@ -103,10 +105,3 @@ class MoE(nnx.Module):
                 routed += self.kinds(tokens, routing.local)
         out = shard(self.beside(x, routed.reshape(b, t, m)), "batch time model")
         return out, MoEMetrics(routing.losses, routing.loss_sums, routing.stats, routing.state, choices, kept)
-
-    def _routed(self, valid: Bool[Array, "g s"], keys: Array | None) -> Bool[Array, "g s"]:
-        """All real tokens, but for those that training leaves out."""
-        share = self.router.token_drop
-        if keys is None or share == 0.0:
-            return valid
-        return valid & (draw(jax.random.uniform, folded(keys, _AT_TOKENS), valid.shape) >= share)

@@ -7,6 +7,8 @@ exchanges), and *sum* over parameters. Each operation's bytes are those that one
 - **Exchanges**, only over ``expert``, in each MoE layer 2 in a forward pass and 4 in a training step (6 where
   ``remat: full`` repeats the forward pass), each of exactly ``g e c m w`` bytes, c the slots of an expert. Sorted rows
   (:class:`Ragged`) travel with room for the worst case and one exchange of counts, see :func:`_exchanges`.
+- **Experts that are merged** (:class:`Blending`), and no exchange: all weights of a layer's experts are gathered over
+  ``expert``, exactly once in each pass, 2 in a training step. Their gradients are reduced over it, whole.
 - **Parameters** that live on ``fsdp`` are gathered over it, once in a forward pass, at most twice in a training step:
   sum of their bytes on this device. Those that only the optimizer splits (ZeRO 1 and 2) are gathered once, after the
   update.
@@ -19,7 +21,7 @@ exchanges), and *sum* over parameters. Each operation's bytes are those that one
   (:mod:`gshardx.train.accumulate`), a forward pass more.
 - **Statistics**: some vectors over experts in each MoE layer, and some scalars a parameter (:func:`_small`).
 
-Nothing else: no token, gate or expert's weight is ever gathered over ``expert``.
+Nothing else: no token or gate is ever gathered over ``expert``, and no weight of experts that are not merged.
 """
 
 import itertools
@@ -29,15 +31,17 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from gshardx.layers import Auto, MoE, Ragged
-from gshardx.layers.balance import Gating
-from gshardx.layers.dispatch import Dispatcher, Mixing, choose_dispatcher
-from gshardx.layers.routing import RouterBase
-from gshardx.layers.routing.growth import Population
+from gshardx.layers.balance import Sums
+from gshardx.layers.dispatch import Dispatcher, choose_dispatcher
+from gshardx.layers.mixing import Mixing
+from gshardx.layers.routing import RouterBase, Routing
 from gshardx.models.attention import summed
 from gshardx.models.build import Blueprint, Params
+from gshardx.models.moe import build_router
 from gshardx.sharding import Allowance, Budget, bytes_per_device
 from gshardx.sharding.collectives import REDUCTIONS
 
@@ -59,6 +63,8 @@ class _Sizes(NamedTuple):
     c: int
     moe_layers: int
     dense_layers: int
+    stretch: int | None
+    """Tokens that share a merged network, if experts are merged."""
     expert: int
     """Devices along ``expert``."""
     platform: str
@@ -88,44 +94,44 @@ def step_budget(
         micro: micro-batches of a training step.
     """
     moe = cast(MoE, plan.bind(plan.params).stack.units.sparse.feed_forward)
-    first_pass = micro > 1 and _has_loss_over_batch(plan, moe)
+    first_pass = micro > 1 and _has_loss_over_batch(plan, moe.group_size or tokens)
     sizes = _sizes(plan, mesh, moe, step, rows // micro, tokens)._replace(first_pass=first_pass)
     wide = {axis for axis, size in mesh.shape.items() if size > 1}
     small = _small(plan, moe, sizes)
     allowances: list[Allowance] = []
-    if "expert" in wide:
-        allowances += _exchanges(plan, moe, sizes)
     told = _told(sizes, wide)
-    if "fsdp" in wide:
-        gathered = _gathered(plan, sizes, split)
-        if told and told.axes == gathered.axes:
-            gathered, told = _added(gathered, told), None
-        allowances.append(gathered)
+    gathered = [_gathered(plan, sizes, split)] if "fsdp" in wide else []
+    if "expert" in wide and sizes.stretch is not None:
+        gathered.append(_blended(plan, sizes))
+    elif "expert" in wide:
+        allowances += _exchanges(plan, moe, sizes)
+    for one in gathered:
+        if told and told.axes == one.axes:
+            one, told = _added(one, told), None
+        allowances.append(one)
     allowances += [told] if told else []
     if "tensor" in wide:
         allowances += _activations(plan, moe, sizes, mesh.shape["tensor"], small)
     crossed = [axis for axis in BATCH_AXES if axis in wide and sizes.backward]
     # Statistics and norms go with the gradients.
     reduced = {axis: _reduced(plan.params, axis) + small for axis in crossed}
+    if sizes.stretch is not None and "expert" in reduced:
+        reduced["expert"] += mesh.shape["expert"] * sum(map(_whole, _of_experts(plan)))
     return Budget((*allowances, *_reductions(crossed)), small, reduced).times(micro)
 
 
-def _has_loss_over_batch(plan: Blueprint, moe: MoE) -> bool:
-    g, s, e, k = 1, 8, moe.router.num_experts, moe.router.choices(training=True)
-    struct: Any = jax.ShapeDtypeStruct
-    numbers = struct((g, s, e), jnp.float32)
-    gating = Gating(
-        logits=numbers,
-        gates=numbers,
-        experts=struct((g, s, k), jnp.int32),
-        valid=struct((g, s), jnp.bool_),
-        chances=numbers,
-        selectors=struct((g, s, 1, e), jnp.float32),
-        distilled=numbers,
-        population=Population(columns=struct((1, e), jnp.float32), exists=struct((e,), jnp.bool_)),
-    )
-    weighted = {"balance", *plan.config.moe.losses}
-    return any(len(jax.eval_shape(loss.sums, gating)) != 2 for name, loss in moe.router.losses if name in weighted)
+def _has_loss_over_batch(plan: Blueprint, group: int) -> bool:
+    moe, width = plan.config.moe, plan.config.width
+
+    def sums() -> dict[str, Sums]:
+        router: Any = build_router(moe, width, nnx.Rngs(0), plan.vocab)
+        ids = jnp.zeros((1, group), jnp.int32)
+        tokens, state = jnp.zeros((1, group, width)), router.initial_state()
+        routing: Routing = router.reading(ids)(tokens, ids == 0, jax.random.key(0), state)
+        return routing.loss_sums
+
+    weighted = {"balance", *moe.losses}
+    return any(len(found) != 2 for name, found in jax.eval_shape(sums).items() if name in weighted)
 
 
 def _sizes(plan: Blueprint, mesh: Mesh, moe: MoE, step: Step, rows: int, tokens: int) -> _Sizes:
@@ -143,6 +149,7 @@ def _sizes(plan: Blueprint, mesh: Mesh, moe: MoE, step: Step, rows: int, tokens:
         c=router.capacity.slots(s, router.num_experts, k, training),
         moe_layers=config.moe_layers,
         dense_layers=config.layers - config.moe_layers,
+        stretch=router.stretch(s),
         expert=mesh.shape["expert"],
         platform=str(mesh.devices.flat[0].platform),
     )
@@ -178,6 +185,27 @@ def _exchanges(plan: Blueprint, moe: MoE, z: _Sizes) -> list[Allowance]:
     ]
 
 
+def _blended(plan: Blueprint, z: _Sizes) -> Allowance:
+    """Merged experts: of each MoE layer all weights, with what ``fsdp`` splits of them, in each pass. It keeps none, so
+    that ``remat`` changes nothing."""
+    weights = _of_experts(plan)
+    passes = 1 + z.backward + z.first_pass
+    narrow = jnp.dtype(plan.config.dtype).itemsize / _FLOAT  # than the parameters; not always on CPUs
+    count, sent = passes * z.moe_layers * len(weights), passes * sum(map(_whole, weights))
+    most = sent if z.platform == "cpu" else int(narrow * sent)
+    return _counted("all-gather", count, most, narrow * sent / most)
+
+
+def _of_experts(plan: Blueprint) -> list[Any]:
+    """Abstract parameters that live on ``expert``, all layers'."""
+    return [param for param in jax.tree.leaves(plan.params) if "expert" in _axes(param)]
+
+
+def _whole(param: Any) -> int:
+    """Bytes of a device's part, whole over ``fsdp``."""
+    return bytes_per_device(param) * (param.sharding.mesh.shape["fsdp"] if "fsdp" in _axes(param) else 1)
+
+
 def _counted(op: str, count: int, most: int, narrowest: float = 1.0) -> Allowance:
     """Exactly ``count`` over ``expert``, of ``most`` bytes, or as little as the part ``narrowest`` of them."""
     return Allowance(op, ("expert",), count, most, least=count, least_bytes=int(most * narrowest))
@@ -207,7 +235,7 @@ def _told(z: _Sizes, wide: set[str]) -> Allowance | None:
 
 def _added(one: Allowance, other: Allowance) -> Allowance:
     count, sent = ((getattr(one, name) or 0) + (getattr(other, name) or 0) for name in ("count", "bytes_per_device"))
-    return Allowance(one.op, one.axes, count, sent)
+    return Allowance(one.op, one.axes, count, sent, least=one.least, least_bytes=one.least_bytes)
 
 
 def _gathered(plan: Blueprint, z: _Sizes, split: Params | None) -> Allowance:
@@ -231,11 +259,7 @@ def _reductions(wide: list[str]) -> Iterator[Allowance]:
 
 def _reduced(params: Params, axis: str) -> int:
     """Bytes of the gradients that cross ``axis``: of the parameters that it does not split, or that it gathers."""
-    return sum(
-        bytes_per_device(p) * (p.sharding.mesh.shape["fsdp"] if "fsdp" in _axes(p) else 1)
-        for p in jax.tree.leaves(params)
-        if axis not in _axes(p) - {"fsdp"}
-    )
+    return sum(_whole(p) for p in jax.tree.leaves(params) if axis not in _axes(p) - {"fsdp"})
 
 
 def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) -> list[Allowance]:
@@ -245,8 +269,8 @@ def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) 
       heads 2 b t an attention, for queries and keys.
     - backward, the gradients of inputs, one for each product that they enter: the logits' a, each attention 3 a
       (queries, keys, values; where they are latent: :func:`gshardx.models.attention.summed`), each dense network a or,
-      gated, 2 a, each MoE layer x or 2 x (sorted rows one more). Norms over all heads 2 b t again; of those of each
-      head, the gradients of their 2 d weights.
+      gated, 2 a, each MoE layer x or 2 x (sorted rows one more; merged experts e for each mixture). Norms over all
+      heads 2 b t again; of those of each head, the gradients of their 2 d weights.
     - ``remat``: the forward sums of each block again.
     """
     config = plan.config
@@ -254,14 +278,18 @@ def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) 
     inputs = 2 if config.activation.endswith("glu") else 1
     rows = z.g * moe.router.num_experts * z.c
     extra = 0
-    if isinstance(_dispatcher(moe, z), Ragged):
+    if z.stretch is not None:
+        rows = z.b * z.t
+    elif isinstance(_dispatcher(moe, z), Ragged):
         k, e = z.k, moe.router.num_experts
         rows, extra = z.b * z.t * (k if z.expert == 1 else z.expert * min(k, e // z.expert)), 1
     x = rows * config.width * _FLOAT
+    mixtures = 0 if z.stretch is None else z.moe_layers * z.b * z.t // z.stretch * moe.router.num_experts * _FLOAT
     beside = z.moe_layers if config.moe.shared_hidden else 0
     forward = (config.layers + z.dense_layers + beside) * a + z.moe_layers * x
     backward = config.layers * z.b * z.t * summed(config) * _FLOAT
     backward += inputs * (z.dense_layers + beside) * a + (inputs + extra) * z.moe_layers * x
+    backward += mixtures
     over, norms = config.attention.get("qk_norm", "none"), 2 * config.layers * _FLOAT
     forward += norms * z.b * z.t if over == "whole" else 0
     backward += norms * {"head": config.head_dim, "whole": z.b * z.t}.get(over, 0)

@@ -30,6 +30,7 @@ from gshardx.layers.losses import CommunicationLoss, DeviceLoss, ImportanceLoss
 from gshardx.layers.routing import ROUTERS, RouterBase
 from gshardx.layers.routing.choice import check_groups
 from gshardx.layers.routing.ds_moe import MutualInformationLoss
+from gshardx.layers.routing.merging import MergingRouter
 from gshardx.layers.shared import Beside, nothing
 from gshardx.models.options import Options, check_options
 
@@ -79,6 +80,8 @@ def dispatcher_reason(moe: MoEConfig, sequence_length: int) -> str:
         return f"{moe.dispatcher}: model.moe.dispatcher says so"
     if ROUTERS[moe.router].MIXES:
         return f"mixing: router {moe.router} puts every token in every slot"
+    if issubclass(ROUTERS[moe.router], MergingRouter):
+        return f"blending: router {moe.router} merges experts"
     group = moe.group_size or sequence_length
     return choose_dispatcher(
         group=group,
@@ -102,6 +105,11 @@ def build_router(moe: MoEConfig, width: int, rngs: nnx.Rngs, vocab: int | None =
     except BadInput as error:
         raise BadInput(f"model.moe.router = {moe.router}: {error}") from error
     return router
+
+
+def training_stretch(moe: MoEConfig, group: int) -> int | None:
+    """Tokens of a group that share a network merged from experts; None: the router merges none."""
+    return _abstract_router(moe, 1)[0].stretch(group)
 
 
 def training_choices(moe: MoEConfig) -> int:
@@ -180,6 +188,8 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
         raise BadInput(
             f"model.moe.router = {moe.router} chooses one expert, but model.moe.top_k = {moe.top_k}; use top_k 1"
         )
+    if issubclass(ROUTERS[moe.router], MergingRouter):
+        _check_merging(moe)
     options = check_options("model.moe.router_options", moe.router_options, known, f"router {moe.router!r}")
     groups, kept = (int(moe.router_options.get(name, 1)) for name in ("groups", "groups_kept"))
     try:
@@ -209,6 +219,19 @@ def check_router_options(moe: MoEConfig) -> dict[str, Any]:
         if groups == 1:
             raise BadInput(f"model.moe.losses.{name} needs groups of experts; set model.moe.router_options.groups")
     return options
+
+
+def _check_merging(moe: MoEConfig) -> None:
+    if moe.router in ("smear", "lory") and moe.top_k != 1:
+        raise BadInput(
+            f"model.moe.router = {moe.router} merges all experts into one network, but model.moe.top_k = {moe.top_k}; "
+            "use top_k 1"
+        )
+    for name, value, usual in (("dispatcher", moe.dispatcher, "auto"), ("wire", moe.wire, "same")):
+        if value != usual:
+            raise BadInput(
+                f"model.moe.{name} = {value}: router {moe.router} merges experts and sends no token; use {usual}"
+            )
 
 
 def _loss(name: str, moe: MoEConfig) -> Loss:

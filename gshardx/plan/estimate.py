@@ -15,7 +15,7 @@ from gshardx.layers.routing import ROUTERS
 from gshardx.models.attention import matrices as projections
 from gshardx.models.attention import summed, widths
 from gshardx.models.attention import vectors as vectors_of_attention
-from gshardx.models.moe import router_matrices, router_words, training_choices, training_slots
+from gshardx.models.moe import router_matrices, router_words, training_choices, training_slots, training_stretch
 from gshardx.models.options import decoder_options
 from gshardx.plan import update
 from gshardx.plan.network import seconds
@@ -66,7 +66,10 @@ class _Sizes:
 
     tokens: int
     slots: int
-    """Expert slots of one MoE layer: sum over its groups of e * c, or k choices a token where rows are sorted."""
+    """Expert slots of one MoE layer: sum over its groups of e * c, or k choices a token where rows are sorted, or the
+    tokens where experts are merged."""
+    networks: int
+    """Merged from experts, in one MoE layer; 0 where experts are not merged."""
     vocab: int
     dense_layers: int
     sparse_layers: int
@@ -127,6 +130,9 @@ def _sizes(config: Config) -> _Sizes:
     slots = tokens // group * moe.num_experts * training_slots(moe, group)
     if moe.capacity_factor is None and moe.dispatcher in ("auto", "ragged") and not ROUTERS[moe.router].MIXES:
         slots = tokens * training_choices(moe)
+    stretch = training_stretch(moe, group)
+    if stretch is not None:
+        slots = tokens
     matrices = 3 if model.activation.endswith("glu") else 2
     sparse = model.moe_layers
     m, e = model.width, moe.num_experts
@@ -147,6 +153,7 @@ def _sizes(config: Config) -> _Sizes:
     return _Sizes(
         tokens=tokens,
         slots=slots,
+        networks=tokens // stretch if stretch is not None else 0,
         vocab=vocab,
         dense_layers=model.layers - sparse,
         sparse_layers=sparse,
@@ -168,19 +175,27 @@ def _flops(config: Config, sizes: _Sizes) -> float:
     scores = 2 * tokens * config.data.sequence_length * model.heads * sum(widths(model)) / tensor
     dense = 2 * sizes.matrices * tokens * m * model.hidden / tensor
     sparse = 2 * sizes.matrices * m * (sizes.slots * moe.hidden + tokens * moe.shared_hidden) / tensor
-    sparse += 2 * tokens * sum(map(math.prod, router_matrices(model)))
+    sparse += 2 * tokens * sum(map(math.prod, router_matrices(model))) + _merging(config, sizes)
     layers = (products + scores) * model.layers + dense * sizes.dense_layers + sparse * sizes.sparse_layers
     return 3 * layers + _repeated(config, sizes, layers, scores) + 3 * 2 * tokens * m * sizes.vocab / tensor
+
+
+def _merging(config: Config, sizes: _Sizes) -> float:
+    """FLOPs of one MoE layer's merged networks, forward, without what they do with tokens."""
+    moe, tensor = config.model.moe, config.mesh.tensor
+    return 2.0 * sizes.matrices * config.model.width * moe.hidden / tensor * moe.num_experts * sizes.networks
 
 
 def _repeated(config: Config, sizes: _Sizes, layers: float, scores: float) -> float:
     """FLOPs that the backward pass repeats: of each attention the scores always; with rematerialisation all of
     ``layers`` except the last product of each expert (if what comes by all-to-all is kept) and of each shared one,
-    whose results no gradient needs."""
+    whose results no gradient needs. Networks merged from experts are always made again, and what goes into them."""
     model, moe = config.model, config.model.moe
     if model.remat in _PRODUCTS_KEPT:
-        return scores / 2 * model.layers
-    rows = sizes.slots * moe.hidden if model.remat != "full" else 0
+        inputs = 2 * (sizes.matrices - 1) * sizes.slots * moe.hidden * model.width / config.mesh.tensor
+        merged = (inputs + _merging(config, sizes)) * sizes.sparse_layers if sizes.networks else 0.0
+        return scores / 2 * model.layers + merged
+    rows = sizes.slots * moe.hidden if model.remat != "full" or sizes.networks else 0
     rows += sizes.tokens * moe.shared_hidden if moe.shared == "plain" else 0
     return layers - 2 * rows * model.width / config.mesh.tensor * sizes.sparse_layers
 
@@ -210,14 +225,15 @@ def _made(model: ModelConfig, tensor: int) -> float:
 
 def _activations(model: ModelConfig, sizes: _Sizes, tensor: int, remat: str) -> float:
     """Bytes that the forward pass keeps for the backward one."""
-    if remat in ("full", "offload"):
+    if remat in ("full", "offload") or (remat == "keep_all_to_all" and sizes.networks):
         kept: float = sizes.tokens * model.width * sizes.sparse_layers
     elif remat == "keep_all_to_all":
         kept = (sizes.tokens + 2 * sizes.slots) * model.width * sizes.sparse_layers
     else:
         each = sizes.tokens * (6 * model.width + _made(model, tensor))
         dense = sizes.tokens * sizes.matrices * model.hidden / tensor
-        sparse = sizes.slots * (2 * model.width + sizes.matrices * model.moe.hidden / tensor)
+        of_slot = 2 * model.width + sizes.matrices * model.moe.hidden / tensor
+        sparse = sizes.slots * (model.width if sizes.networks else of_slot)
         kept = each * model.layers + dense * sizes.dense_layers + sparse * sizes.sparse_layers
     return kept * sizes.itemsize
 
@@ -231,6 +247,9 @@ def _working(config: Config, sizes: _Sizes, local: float) -> float:
     unit = 2 * layers / sizes.sparse_layers * sizes.itemsize
     logits = 2 * sizes.tokens * sizes.vocab / tensor * _FP32
     scores = sizes.tokens * config.data.sequence_length * model.heads / tensor * _FP32
+    if sizes.networks:  # the experts of all devices along expert, their gradient, and the networks with theirs
+        weights = sizes.expert * config.mesh.expert / sizes.sparse_layers
+        unit += 2 * weights * (1 + sizes.networks / model.moe.num_experts) * sizes.itemsize
     if model.remat in _PRODUCTS_KEPT:
         layer = 2 * sizes.slots * (2 * model.width + sizes.matrices * model.moe.hidden / tensor) * sizes.itemsize
     else:
@@ -252,10 +271,14 @@ def _sends(config: Config, sizes: _Sizes, topology: Topology, mesh: MeshConfig) 
 
     wire = 2 if model.moe.wire == "bfloat16" else sizes.itemsize
     exchanges = (6 if model.remat == "full" else 4) * sizes.sparse_layers
-    yield took("all-to-all", exchanges * sizes.slots * model.width * wire, "expert", count=exchanges)
-    gathers = (
-        len(projections(model)) * model.layers + sizes.matrices * model.layers + sizes.sparse_layers + 2
-    )  # one for each matrix
+    if sizes.networks:
+        each, weights = sizes.matrices * sizes.sparse_layers, sizes.expert * sizes.itemsize
+        yield took("all-gather", 2 * weights, "expert", count=2 * each)
+        yield took("reduce-scatter", weights * mesh.expert, "expert", count=each)
+    else:
+        yield took("all-to-all", exchanges * sizes.slots * model.width * wire, "expert", count=exchanges)
+    # One for each matrix.
+    gathers = (len(projections(model)) + sizes.matrices) * model.layers + sizes.sparse_layers + 2
     split = sizes.over_fsdp / mesh.fsdp
     if zero == 3:
         yield 2 * took("all-gather", split * sizes.itemsize, "fsdp", count=gathers)

@@ -224,3 +224,10 @@ def test_what_was_changed_computes_the_same_on_eight_devices(command, tmp_path):
     (one, chosen), (eight, chosen_on_eight) = found
     np.testing.assert_allclose(eight, one, atol=1e-5 * np.abs(one).max(), rtol=0)
     np.testing.assert_array_equal(chosen_on_eight, chosen)
+
+
+def test_merged_experts_are_one_choice_however_many_copies_there_are():
+    model = ModelConfig(moe=MoEConfig(num_experts=4, top_k=1, router="lory"))
+    new, change = duplicated(model, 2)
+    assert (new.moe.num_experts, new.moe.top_k) == (8, 1)
+    np.testing.assert_array_equal(change.columns, [0, 0, 1, 1, 2, 2, 3, 3])

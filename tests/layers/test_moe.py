@@ -14,6 +14,7 @@ from gshardx.errors import BadInput
 from gshardx.layers import (
     AdaMoERouter,
     BaseRouter,
+    Blending,
     Capacity,
     CosineRouter,
     DemixRouter,
@@ -28,6 +29,8 @@ from gshardx.layers import (
     Gather,
     GShardRouter,
     HashRouter,
+    LoryRouter,
+    MeoRouter,
     Mixing,
     MoE,
     MoePlusPlusRouter,
@@ -41,6 +44,7 @@ from gshardx.layers import (
     SigmoidBiasRouter,
     SinkhornRouter,
     SkyworkRouter,
+    SmearRouter,
     SmoeDropoutRouter,
     SoftMoERouter,
     SparseMixerRouter,
@@ -84,6 +88,11 @@ ROUTERS = {
     "stable": partial(StableRouter, M, E, dimension=4, vocab=100, capacity=TIGHT),
     "moe_pp": partial(MoePlusPlusRouter, M, E, 3, capacity=TIGHT),
 }
+MERGING = {
+    "smear": partial(SmearRouter, M, E, expert_dropout=0.3),
+    "lory": partial(LoryRouter, M, E, segment=4),
+    "meo": partial(MeoRouter, M, E, K),
+}
 DISPATCHERS = [Einsum(), Gather(), Ragged("padded")]
 MIXING = [Einsum(), Mixing(), Mixing()]
 """Instead of those, for a router that mixes tokens."""
@@ -101,8 +110,10 @@ def dispatchers(router):
 
 def layer(dispatcher, router="gshard", activation="swiglu", biases=False, beside="nothing", **router_options):
     rngs = nnx.Rngs(0)
-    made = ROUTERS[router](**router_options, rngs=rngs)
-    scale = 0.2 if router == "relu" else 1.0  # its weights are logits: large ones would be large angles for the sine
+    made = {**ROUTERS, **MERGING}[router](**router_options, rngs=rngs)
+    # relu: its weights are logits, and large ones large angles for the sine. smear: what dropout leaves of a sharp
+    # mixture may be little, and dividing by it makes rounding large.
+    scale = 0.2 if router in ("relu", "smear") else 1.0
     if hasattr(made, "kernel"):
         made.kernel.set_value(scale * jax.random.normal(jax.random.key(1), made.kernel.shape))
     experts = Experts(E, M, H, activation, biases=biases, rngs=rngs)
@@ -205,6 +216,7 @@ ON_MESHES = [
     for (m, mesh), (r, router) in itertools.product(enumerate(MESHES), enumerate(ROUTERS))
 ]
 """Every router on every mesh, the dispatchers in turn: a router meets all of them, and so does a mesh."""
+MERGED_ON_MESHES = [(mesh, router, Blending()) for mesh, router in itertools.product(MESHES, MERGING)]
 
 
 @cache
@@ -215,7 +227,10 @@ def on_one_device(router, dispatcher):
 
 @pytest.mark.parametrize(
     ("mesh_config", "router", "dispatcher"),
-    [pytest.param(*case, marks=pytest.mark.slow if case[0] == MESHES[0] else pytest.mark.sweep) for case in ON_MESHES],
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[0] == MESHES[0] else pytest.mark.sweep)
+        for case in (*ON_MESHES, *MERGED_ON_MESHES)
+    ],
     ids=lambda value: str(value) if isinstance(value, str | MeshConfig) else type(value).__name__,
 )
 def test_every_router_gives_on_every_mesh_what_one_device_gives(mesh_config, router, dispatcher):
@@ -255,7 +270,12 @@ def test_padding_returns_zero_and_changes_no_other_token(dispatcher):
 
 
 @pytest.mark.parametrize(
-    ("router", "dispatcher"), [*((router, dispatchers(router)[1]) for router in ROUTERS), ("gshard", Ragged())], ids=str
+    ("router", "dispatcher"),
+    [
+        *((router, dispatchers(router)[1]) for router in ROUTERS),
+        *(("gshard", Ragged()), ("smear", Blending()), ("meo", Blending())),
+    ],
+    ids=str,
 )
 def test_inference_is_causal_to_the_bit_and_drops_nothing(router, dispatcher):
     """But for routers that say why they are not."""

@@ -166,6 +166,9 @@ def test_to_count_the_tokens_that_are_not_dropped_micro_batches_send_nothing():
         {"router": "top_k", "router_options": {"round_to": 2}},
         {"router": "top_k", "router_options": {"priority": "random", "token_drop": 0.1}},
         {"router": "moe_pp", "top_k": 4},
+        {"router": "smear", "top_k": 1, "biases": True},
+        {"router": "lory", "top_k": 1, "router_options": {"segment": 4}},
+        {"router": "meo"},
         {"dispatcher": "einsum", "shared_hidden": 8, "shared": "residual"},
         {"group_size": 8, "every": 1, "biases": True, "losses": {"balance": 0.01, "z": 0.001, "batch": 0.01}},
         {"capacity_factor": None, "dispatcher": "ragged"},
@@ -183,8 +186,27 @@ def test_what_a_router_sums_in_its_state_counts():
     assert breaches("train", wide, MeshConfig(data=2, expert=4)) == []
 
 
+MERGED = {"router": "lory", "top_k": 1, "router_options": {"segment": 4}}
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("options", [{"dispatcher": "ragged"}, {"shared_hidden": 8}, {"group_size": 8}], ids=str)
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_experts_that_are_merged_are_gathered_once_in_each_pass(remat):
+    """With evaluation's own all-gather over the same axis, and none of a layer's tokens."""
+    config = dataclasses.replace(model(**MERGED), remat=remat)
+    program, budget = compiled("train", config, MeshConfig(expert=8))
+    assert budget.breaches(program.collectives) == []
+    layers, matrices, of_one = 2, 3, 16 * 8 * 4
+    assert sent(program, "all-gather") == (2 * layers * matrices, 2 * layers * matrices * of_one)
+    assert sent(program, "reduce-scatter") == (layers * matrices, layers * matrices * 8 * of_one)
+    if remat == "none":
+        assert breaches("forward", config, MeshConfig(expert=8)) == []
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    "options", [{"dispatcher": "ragged"}, {"shared_hidden": 8}, {"group_size": 8}, MERGED], ids=str
+)
 def test_so_does_a_mesh_with_tensor_and_fsdp(options):
     assert breaches("train", model(**options), MeshConfig(fsdp=2, expert=2, tensor=2)) == []
 

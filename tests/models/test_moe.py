@@ -30,6 +30,7 @@ NEEDED = {
     "demix": {"router_options": {"tags": list(range(8))}},
 }
 """What a router is not built without."""
+MERGING = ("smear", "lory", "meo")
 
 
 def built(**moe):
@@ -56,6 +57,7 @@ def test_every_router_is_built_by_its_name_with_its_capacity(name):
         "expert_choice": Capacity(0.25, evaluation=0.25),  # of its 8 choices a token as many slots as of one
         "soft_moe": Fixed(minimum=1),  # parameters
         "moe_pp": Capacity(2.0 * 0.6),  # what tau of 8 are of tau 8 + 4
+        **dict.fromkeys(MERGING, Capacity(None)),
     }
     assert layer.router.capacity == own.get(name, Capacity(2.0))
 
@@ -111,6 +113,9 @@ def test_losses_are_the_routers_own_and_those_that_are_weighed():
         ({"router_options": {"threshold": True}}, ["threshold = True", "float"]),
         ({"router_options": {"rngs": 3}}, ["rngs", "did you mean"]),
         ({"router": "switch"}, ["top_k = 2", "use top_k 1"]),
+        ({"router": "smear"}, ["merges all experts", "top_k = 2", "use top_k 1"]),
+        ({"router": "meo", "dispatcher": "gather"}, ["dispatcher = gather", "merges experts", "use auto"]),
+        ({"router": "meo", "wire": "bfloat16"}, ["wire = bfloat16", "sends no token", "use same"]),
         ({"router": "top_k", "router_options": {"groups": 3}}, ["groups = 3", "num_experts = 8"]),
         ({"router": "top_k", "router_options": {"groups": 8}}, ["groups_kept = 1", "use 2"]),
         ({"router_options": {"threshold": -1.0}}, ["threshold = -1.0", "0 or more"]),
@@ -150,3 +155,4 @@ def test_the_reason_of_the_choice_is_a_line():
     assert dispatcher_reason(MoEConfig(hidden=128), 256) == "gather: S/H = 2.00 on cpu"
     assert "says so" in dispatcher_reason(MoEConfig(dispatcher="einsum"), 256)
     assert "dropless" in dispatcher_reason(MoEConfig(capacity_factor=None), 256)
+    assert dispatcher_reason(MoEConfig(router="meo"), 256) == "blending: router meo merges experts"

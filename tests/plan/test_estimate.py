@@ -36,6 +36,7 @@ def medium(mesh, remat="none", moe=None, train=None, **model):
     )
 
 
+MERGED = {"router": "lory", "top_k": 1, "router_options": {"segment": 16}, "dispatcher": "auto"}
 CASES = {
     "data": medium(MeshConfig(data=8)),
     "expert": medium(MeshConfig(expert=8)),
@@ -48,6 +49,8 @@ CASES = {
     "ZeRO-1": medium(MeshConfig(fsdp=8), train={"zero_stage": 1}),
     "ZeRO-2": medium(MeshConfig(data=2, fsdp=4), train={"zero_stage": 2}),
     "dropless": medium(MeshConfig(expert=8), moe={"capacity_factor": None}),
+    "merged": medium(MeshConfig(expert=8), moe=MERGED),
+    "merged, full": medium(MeshConfig(fsdp=2, expert=2, tensor=2), "full", moe=MERGED),
     "shared, relu": medium(
         MeshConfig(data=2, expert=4), "full", moe={"every": 1, "shared_hidden": 64}, activation="relu"
     ),

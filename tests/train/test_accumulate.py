@@ -62,6 +62,9 @@ CASES = {
     "sparse_mixer": {"router": "sparse_mixer", "router_options": {"jitter": 0.3, "input_jitter": 0.1}},
     "soft_moe": {"router": "soft_moe", "router_options": {"slots": 2}},
     "stable": {"router": "stable", "top_k": 1, "losses": {"balance": 0.3, "distillation": 0.3}},
+    "smear": {"router": "smear", "top_k": 1, "router_options": {"expert_dropout": 0.3}},
+    "lory": {"router": "lory", "top_k": 1, "router_options": {"segment": 2}},
+    "meo": {"router": "meo", "losses": {"balance": 0.3, "importance": 0.1, "load": 0.1}},
     "ragged": {"router": "top_k", "dispatcher": "ragged", "capacity_factor": None},
     **{
         name: {"router": "top_k", "router_options": GROUPS, "losses": {"balance": 0.1, name: 0.5}}

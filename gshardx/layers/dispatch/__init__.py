@@ -4,7 +4,7 @@ from gshardx.layers.dispatch.auto import Auto, Choice, choose_dispatcher
 from gshardx.layers.dispatch.carry import ALL_TO_ALL_RESULTS
 from gshardx.layers.dispatch.contract import Dispatcher, Rows, Slots
 from gshardx.layers.dispatch.ragged import Ragged
-from gshardx.layers.dispatch.slots import Einsum, Gather, Mixing
+from gshardx.layers.dispatch.slots import Einsum, Gather
 
 __all__ = [
     "ALL_TO_ALL_RESULTS",
@@ -13,7 +13,6 @@ __all__ = [
     "Dispatcher",
     "Einsum",
     "Gather",
-    "Mixing",
     "Ragged",
     "Rows",
     "Slots",

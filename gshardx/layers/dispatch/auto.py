@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
+from gshardx.layers.blending import Blend, Blending
 from gshardx.layers.dispatch.contract import Rows, Slots
 from gshardx.layers.dispatch.ragged import Ragged
-from gshardx.layers.dispatch.slots import Einsum, Gather, Mixing
+from gshardx.layers.dispatch.slots import Einsum, Gather
 from gshardx.layers.grouped import has_fast_kernel
+from gshardx.layers.mixing import Mixing
 from gshardx.layers.routing import Routing
 from gshardx.sharding import backend
 
@@ -43,7 +45,8 @@ def choose_dispatcher(
 
 @dataclasses.dataclass(frozen=True)
 class Auto:
-    """Chooses by :func:`choose_dispatcher` for the shapes that it meets, when the program is traced.
+    """Chooses by :func:`choose_dispatcher` for the shapes that it meets, when the program is traced; for
+    routers that merge experts :class:`Blending`.
 
     hidden: hidden units of an expert. wire: as in :class:`Einsum`.
     """
@@ -51,15 +54,17 @@ class Auto:
     hidden: int
     wire: Any = None
 
-    def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Slots | Rows:
+    def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Slots | Rows | Blend:
         return self._chosen(routing).dispatch(tokens, routing)
 
     def combine(self, expert_out: Any, routing: Routing) -> Float[Array, "g s m"]:
         return self._chosen(routing).combine(expert_out, routing)
 
-    def _chosen(self, routing: Routing) -> Einsum | Gather | Ragged:
+    def _chosen(self, routing: Routing) -> Einsum | Gather | Ragged | Blending:
         if routing.mixed:
             return Mixing(self.wire)
+        if routing.stretch is not None:
+            return Blending()
         _, s, k = routing.experts.shape
         chosen = choose_dispatcher(
             group=s, hidden=self.hidden, num_experts=routing.num_experts, top_k=k, dropless=routing.capacity == s

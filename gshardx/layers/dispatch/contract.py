@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax
 from jaxtyping import Array, Float, Int
 
+from gshardx.layers.blending import Blend
 from gshardx.layers.dense import Shown
 from gshardx.layers.routing import Routing
 
@@ -34,6 +35,6 @@ class Rows:
 class Dispatcher(Protocol):
     """Sends tokens to their experts; ``combine`` brings back, weighted, what the experts made of what was sent."""
 
-    def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Slots | Rows | Shown: ...
+    def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Slots | Rows | Shown | Blend: ...
 
     def combine(self, expert_out: Any, routing: Routing) -> Float[Array, "g s m"]: ...

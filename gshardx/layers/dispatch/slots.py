@@ -39,26 +39,18 @@ class Einsum:
 
     def dispatch(self, tokens: Float[Array, "g s m"], routing: Routing) -> Slots:
         weights = jnp.ones_like(routing.weights) if routing.input_weights is None else routing.input_weights
-        mask = self._mask(routing, weights)
+        mask = self.mask(routing, weights)
         rows = jnp.einsum("gsec,gsm->gecm", mask, tokens.astype(jnp.float32), precision=_EXACT)
         return _to_experts(rows.astype(tokens.dtype), self.wire)
 
     def combine(self, expert_out: Slots, routing: Routing) -> Float[Array, "g s m"]:
-        weighted = self._mask(routing, routing.weights)
+        weighted = self.mask(routing, routing.weights)
         rows = _to_groups(expert_out, self.wire)
         out = jnp.einsum("gsec,gecm->gsm", weighted, rows.astype(jnp.float32), precision=_EXACT)
         return out.astype(expert_out.dtype)
 
-    def _mask(self, routing: Routing, weights: Float[Array, "g s k"]) -> Float[Array, "g s e c"]:
+    def mask(self, routing: Routing, weights: Float[Array, "g s k"]) -> Float[Array, "g s e c"]:
         return jnp.einsum("gskec,gsk->gsec", _one_hot(routing), weights)
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixing(Einsum):
-    """The same for ``mixed`` slots, where the weights are the masks: 4 s e c m FLOPs a group."""
-
-    def _mask(self, routing: Routing, weights: Float[Array, "g s k"]) -> Float[Array, "g s e c"]:
-        return weights.reshape(*weights.shape[:2], routing.num_experts, routing.capacity)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,9 @@ from gshardx.layers.routing.dynmoe import DynMoERouter
 from gshardx.layers.routing.expert_choice import ExpertChoiceRouter
 from gshardx.layers.routing.gshard import GShardRouter, SecondExpert
 from gshardx.layers.routing.hash import HashRouter
+from gshardx.layers.routing.lory import LoryRouter
+from gshardx.layers.routing.meo import MeoRouter
+from gshardx.layers.routing.merging import MergingRouter
 from gshardx.layers.routing.moe_pp import MoePlusPlusRouter
 from gshardx.layers.routing.noisy_top_k import NoisyTopKRouter
 from gshardx.layers.routing.quantile import QuantileRouter
@@ -21,6 +24,7 @@ from gshardx.layers.routing.sentence import SentenceRouter
 from gshardx.layers.routing.sigmoid_bias import SigmoidBiasRouter
 from gshardx.layers.routing.sinkhorn import SinkhornRouter
 from gshardx.layers.routing.skywork import SkyworkRouter
+from gshardx.layers.routing.smear import SmearRouter
 from gshardx.layers.routing.smoe_dropout import SmoeDropoutRouter
 from gshardx.layers.routing.soft_moe import SoftMoERouter
 from gshardx.layers.routing.sparse_mixer import SparseMixerRouter
@@ -56,6 +60,9 @@ ROUTERS: dict[str, type[RouterBase]] = {
     "soft_moe": SoftMoERouter,
     "stable": StableRouter,
     "moe_pp": MoePlusPlusRouter,
+    "smear": SmearRouter,
+    "lory": LoryRouter,
+    "meo": MeoRouter,
 }
 """By the name in ``model.moe.router``."""
 
@@ -72,8 +79,11 @@ __all__ = [
     "DynMoERouter",
     "GShardRouter",
     "HashRouter",
+    "LoryRouter",
     "Losses",
     "MoePlusPlusRouter",
+    "MeoRouter",
+    "MergingRouter",
     "NoisyTopKRouter",
     "Priority",
     "QuantileRouter",
@@ -90,6 +100,7 @@ __all__ = [
     "SinkhornRouter",
     "SkyworkRouter",
     "SoftMoERouter",
+    "SmearRouter",
     "SparseMixerRouter",
     "StableRouter",
     "SwitchRouter",

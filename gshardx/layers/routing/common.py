@@ -36,6 +36,7 @@ class RouterBase(nnx.Module):
     MIXES = False
     """Whether its routings are ``mixed``."""
     LOSSES: Mapping[str, Loss] = {"balance": BalanceLoss(), "z": ZLoss()}
+    sees_later: bool = True
 
     def __init__(
         self,
@@ -66,6 +67,10 @@ class RouterBase(nnx.Module):
 
     def choices(self, training: bool) -> int:
         return self.top_k
+
+    def stretch(self, group: int) -> int | None:
+        """Tokens of a ``group`` that share a network merged from experts; None: no experts are merged."""
+        return None
 
     def initial_state(self) -> RouterState:
         return ()

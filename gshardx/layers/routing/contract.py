@@ -47,6 +47,8 @@ class Routing:
     """fp32, on what experts make of a token where it is (layers/kinds.py); None: the router has no such experts."""
     mixed: bool = dataclasses.field(default=False, metadata={"static": True})
     """Slots hold sums of a group's tokens, by ``input_weights``; a token has all slots of all experts for choices."""
+    stretch: int | None = dataclasses.field(default=None, metadata={"static": True})
+    """Tokens that share a network merged from experts, weights being its mixture; None: experts stay apart."""
 
     def check_whole(self, dispatcher: str) -> None:
         """Raise BadInput if slots are ``mixed``: ``dispatcher`` puts one token in each."""
@@ -68,6 +70,7 @@ class Router(Protocol):
     losses: tuple[tuple[str, Loss], ...]
     output_masking: float
     token_drop: float
+    sees_later: bool  # whether it is later tokens that a ``leak`` is of
 
     @property
     def leak(self) -> str | None: ...  # why no decoder can be served

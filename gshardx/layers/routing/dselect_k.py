@@ -40,7 +40,7 @@ class SelectorEntropy(Loss):
     """Of a token's selectors together, in nats; at best 0."""
 
     def sums(self, gating: Gating) -> Sums:
-        r = _selectors(gating)
+        r = gating.own
         return _over_tokens(-jnp.sum(r * jnp.log(r + _EPSILON), axis=-1), gating)
 
 
@@ -49,12 +49,7 @@ class SelectorReach(Loss):
     """1 over what a selector gives to experts that there are, summed over selectors; at best k."""
 
     def sums(self, gating: Gating) -> Sums:
-        return _over_tokens(1 / (_selectors(gating).sum(-1) + _EPSILON), gating)
-
-
-def _selectors(gating: Gating) -> Float[Array, "g s i e"]:
-    assert gating.selectors is not None, "only dselect_k has selectors"
-    return gating.selectors
+        return _over_tokens(1 / (gating.own.sum(-1) + _EPSILON), gating)
 
 
 def _over_tokens(values: Float[Array, "g s i"], gating: Gating) -> Sums:
@@ -117,7 +112,7 @@ class DselectKRouter(LinearRouter):
         experts = top_k(gates, self.most)
         weights = take(gates, experts)
         made = weights > 0
-        gating = Gating(alpha, gates, experts, valid, made=made, selectors=selectors)
+        gating = Gating(alpha, gates, experts, valid, made=made, own=selectors)
         return self.route(gating, weights, rng=rng, wanted=made & valid[..., None])
 
 

@@ -41,7 +41,7 @@ class ActiveBalanceLoss(Loss):
         real = gating.valid.astype(jnp.float32)
         gate = jnp.einsum("gse,gs->ge", gating.gates, real)
         share = jax.lax.stop_gradient(gate)
-        even = evenness(share, gate, share.sum(-1)) * gating.population.exists.mean()  # which is of all that may exist
+        even = evenness(share, gate, share.sum(-1)) * gating.own.exists.mean()  # which is of all that may exist
         return jnp.sum(even * real.sum(1)), real.sum()
 
 
@@ -51,7 +51,7 @@ class DiversityLoss(Loss):
 
     def sums(self, gating: Gating) -> Sums:
         tokens = gating.valid.sum().astype(jnp.float32)
-        return penalty(*gating.population) * tokens, tokens
+        return penalty(*gating.own) * tokens, tokens
 
 
 class DynMoERouter(LinearRouter):
@@ -122,7 +122,7 @@ class DynMoERouter(LinearRouter):
         experts = jnp.where(wanted, experts, self.num_experts)
         place = experts[..., None] == jnp.arange(self.num_experts, dtype=jnp.int32)
         gates = jnp.einsum("gsk,gske->gse", weights, place.astype(weights.dtype))
-        gating = Gating(cosines, gates, experts, valid, population=Population(columns, state.exists))
+        gating = Gating(cosines, gates, experts, valid, own=Population(columns, state.exists))
         routing = self.route(gating, weights, rng=rng, wanted=wanted, state=state)
         if rng is None:
             return routing

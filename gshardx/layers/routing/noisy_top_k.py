@@ -31,11 +31,13 @@ from gshardx.layers.routing.linear import LinearRouter
 
 @dataclasses.dataclass(frozen=True)
 class ChanceLoss(ImportanceLoss):
-    """CV^2 of the experts' chances to be chosen, summed over the batch (arXiv 1701.06538 eq. 10 and 11)."""
+    """CV^2 of the experts' chances to be chosen, summed over the batch (arXiv 1701.06538 eq. 10 and 11).
+
+    ``own``: these chances, ``[g, s, e]``.
+    """
 
     def sums(self, gating: Gating) -> Sums:
-        assert gating.chances is not None, "only a router that draws noise has chances"
-        return (jnp.sum(gating.chances * gating.valid[..., None], axis=(0, 1)),)
+        return (jnp.sum(gating.own * gating.valid[..., None], axis=(0, 1)),)
 
 
 class NoisyTopKRouter(LinearRouter):
@@ -50,6 +52,13 @@ class NoisyTopKRouter(LinearRouter):
     def __call__(
         self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState = ()
     ) -> Routing:
+        gating, weights = self.decision(tokens, valid, rng)
+        return self.route(gating, weights, rng=rng)
+
+    def decision(
+        self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None
+    ) -> tuple[Gating, Float[Array, "g s k"]]:
+        """What is chosen, and what each choice weighs."""
         clean = logits = self.logits(tokens)
         chances = jnp.ones_like(clean)
         if rng is not None:
@@ -60,8 +69,7 @@ class NoisyTopKRouter(LinearRouter):
         weights = jax.nn.softmax(take(logits, experts), axis=-1)
         chosen = experts[..., None] == jnp.arange(self.num_experts, dtype=jnp.int32)
         gates = jnp.einsum("gsk,gske->gse", weights, chosen.astype(weights.dtype))
-        gating = Gating(logits, gates, experts, valid, chances)
-        return self.route(gating, weights, rng=rng)
+        return Gating(logits, gates, experts, valid, own=chances), weights
 
 
 def chances_of(

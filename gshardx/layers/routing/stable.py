@@ -50,11 +50,11 @@ class AssignedBalanceLoss(Loss):
 
 @dataclasses.dataclass(frozen=True)
 class DistillationLoss(Loss):
-    """Cross entropy of what the small router makes of tokens with their experts."""
+    """Cross entropy of what the small router makes of tokens with their experts; ``own``: its logits ``[g, s, e]``."""
 
     def sums(self, gating: Gating) -> Sums:
         real = gating.valid.astype(jnp.float32)
-        missed = jax.nn.logsumexp(gating.distilled, axis=-1) - take(gating.distilled, gating.experts)[..., 0]
+        missed = jax.nn.logsumexp(gating.own, axis=-1) - take(gating.own, gating.experts)[..., 0]
         return jnp.sum(missed * real), real.sum()
 
 
@@ -117,7 +117,7 @@ class StableRouter(LinearRouter):
         experts = jnp.where(first, top_k(logits, 1)[..., 0], table[ids])[..., None]
         scores = jax.nn.sigmoid(logits)
         distilled = self.product(shard(words[ids], "group token model"), self.directions)
-        gating = Gating(logits, normalised(scores, 1e-20), experts, valid, distilled=distilled)
+        gating = Gating(logits, normalised(scores, 1e-20), experts, valid, own=distilled)
         state = StageState(state.step, table)
         routing = self.route(gating, take(scores, experts), rng=rng, state=state)
         on, losses, sums = first.astype(jnp.float32), dict(routing.losses), dict(routing.loss_sums)

@@ -23,7 +23,8 @@ class RouterStats(NamedTuple):
     dropped: Float[Array, "*layer k"]
     """By choice rank."""
     load: Float[Array, "*layer e"]
-    """Choices of each expert that took a number: dropped ones too, and those a coin rejected (``slots="paper"``)."""
+    """Choices of each expert that took a number: dropped ones too, and those a coin rejected (``slots="paper"``). Of an
+    expert that is merged with others, its shares."""
     room: Float[Array, "*layer"]
     """Slots of all experts in all groups."""
     entropy: Float[Array, "*layer"]

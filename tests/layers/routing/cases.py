@@ -22,7 +22,7 @@ DRAWN = {
 def compiled(make, *numbers, **options):
     """``call(kernel, tokens, valid, rng, *state, **parameters) -> (routing, logits of the tokens)``.
 
-    Parameters that are not given are as they are drawn.
+    Parameters that are not given are as they are drawn; ``norm_scale`` is that of ``norm``.
     """
     made = make(M, *numbers, **options, rngs=nnx.Rngs(0))
     graph, params = nnx.split(made)
@@ -30,11 +30,15 @@ def compiled(make, *numbers, **options):
     @jax.jit
     def call(kernel, tokens, valid, rng, *state, **others):
         given = {"kernel": kernel, **others}
-        router = nnx.merge(graph, jax.tree.map_with_path(lambda path, leaf: given.get(path[0].key, leaf), params))
+        router = nnx.merge(graph, jax.tree.map_with_path(lambda path, leaf: given.get(_name(path), leaf), params))
         ids = jnp.zeros(tokens.shape[:2], jnp.int32)  # some want to read them
         return router.reading(ids)(tokens, valid, rng, *state), router.logits(tokens)
 
     return call
+
+
+def _name(path):
+    return "_".join(step.key for step in path if hasattr(step, "key"))
 
 
 def data(seed, kind, s, e, g=G, padding="none"):
