@@ -37,7 +37,7 @@ _EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class SelectorEntropy(Loss):
-    """Of a token's selectors together, in nats; at best 0."""
+    """Of a token's selectors together, in nats; at best 0. ``own``: selectors, ``[g, s, i, e]``."""
 
     def sums(self, gating: Gating) -> Sums:
         r = gating.own
