@@ -113,6 +113,8 @@ def step_budget(
     if "tensor" in wide:
         allowances += _activations(plan, moe, sizes, mesh.shape["tensor"], small)
     crossed = [axis for axis in BATCH_AXES if axis in wide and sizes.backward]
+    if "tensor" in wide and (sizes.stretch is not None or isinstance(_dispatcher(moe, sizes), Ragged)):
+        allowances += _of_output_biases(plan, crossed)
     # Statistics and norms go with the gradients.
     reduced = {axis: _reduced(plan.params, axis) + small for axis in crossed}
     if sizes.stretch is not None and "expert" in reduced:
@@ -257,6 +259,20 @@ def _reductions(wide: list[str]) -> Iterator[Allowance]:
             yield from (Allowance(op, axes) for op in REDUCTIONS)
 
 
+def _of_output_biases(plan: Blueprint, crossed: list[str]) -> Iterator[Allowance]:
+    """Their gradients, which sorted rows and merged experts reduce over ``tensor`` as well."""
+    for size in range(1, len(crossed) + 1):
+        for axes in itertools.combinations(crossed, size):
+            yield Allowance("all-reduce", (*axes, "tensor"), bytes_per_device=_output_biases(plan))
+
+
+def _output_biases(plan: Blueprint) -> int:
+    """Bytes of the experts' output biases on a device, whole over ``fsdp``."""
+    names = jax.tree.leaves(plan.axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    both = zip(jax.tree.leaves(plan.params), names, strict=True)
+    return sum(_whole(param) for param, axes in both if axes == ("layer", "expert", "embed"))
+
+
 def _reduced(params: Params, axis: str) -> int:
     """Bytes of the gradients that cross ``axis``: of the parameters that it does not split, or that it gathers."""
     return sum(_whole(p) for p in jax.tree.leaves(params) if axis not in _axes(p) - {"fsdp"})
@@ -269,8 +285,8 @@ def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) 
       heads 2 b t an attention, for queries and keys.
     - backward, the gradients of inputs, one for each product that they enter: the logits' a, each attention 3 a
       (queries, keys, values; where they are latent: :func:`gshardx.models.attention.summed`), each dense network a or,
-      gated, 2 a, each MoE layer x or 2 x (sorted rows one more; merged experts e for each mixture). Norms over all
-      heads 2 b t again; of those of each head, the gradients of their 2 d weights.
+      gated, 2 a, each MoE layer x or 2 x (sorted rows one more; merged experts e for each mixture, and their output
+      biases). Norms over all heads 2 b t again; of those of each head, the gradients of their 2 d weights.
     - ``remat``: the forward sums of each block again.
     """
     config = plan.config
@@ -289,7 +305,7 @@ def _activations(plan: Blueprint, moe: MoE, z: _Sizes, tensor: int, small: int) 
     forward = (config.layers + z.dense_layers + beside) * a + z.moe_layers * x
     backward = config.layers * z.b * z.t * summed(config) * _FLOAT
     backward += inputs * (z.dense_layers + beside) * a + (inputs + extra) * z.moe_layers * x
-    backward += mixtures
+    backward += mixtures + (0 if z.stretch is None else _output_biases(plan))
     over, norms = config.attention.get("qk_norm", "none"), 2 * config.layers * _FLOAT
     forward += norms * z.b * z.t if over == "whole" else 0
     backward += norms * {"head": config.head_dim, "whole": z.b * z.t}.get(over, 0)

@@ -212,6 +212,16 @@ def test_so_does_a_mesh_with_tensor_and_fsdp(options):
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize(
+    "mesh_config", [MeshConfig(fsdp=2, expert=2, tensor=2), MeshConfig(expert=4, tensor=2)], ids=str
+)
+@pytest.mark.parametrize("options", [{"dispatcher": "ragged"}, MERGED], ids=str)
+def test_so_do_biases_of_wide_experts_there(options, mesh_config):
+    wide = dataclasses.replace(model(**options, biases=True), width=512)
+    assert breaches("train", wide, mesh_config) == []
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("mesh_config", [MeshConfig(fsdp=2, expert=4), MeshConfig(fsdp=4, tensor=2)], ids=str)
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_so_does_every_zero_stage(zero_stage, mesh_config):
