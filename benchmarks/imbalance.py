@@ -33,6 +33,8 @@ from gshardx.models.moe import NEEDED, build_moe
 from gshardx.sharding import MeshConfig, build_mesh, simulate_devices
 
 DEVICES, HOT = 8, 6.0
+BY_TAGS = {"task", "demix"}
+"""Routers whose loads are those of the documents' tags."""
 MEMORY_GOAL = 1.05
 """Peak memory under any pattern, over that of even loads."""
 
@@ -209,7 +211,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["all", "routers", "dispatchers", "dispatcher"], default="all")
     parser.add_argument("--dispatcher", choices=list(DISPATCHERS), default="gather", help="of --part dispatcher")
-    parser.add_argument("--routers", nargs="+", choices=list(ROUTERS), default=list(ROUTERS), help="of --part routers")
+    names = [name for name in ROUTERS if name not in BY_TAGS]
+    parser.add_argument("--routers", nargs="+", choices=names, default=names, help="of --part routers")
     parser.add_argument("--rounds", type=int, default=5, help="how often each pattern has its turn")
     parser.add_argument(
         "--small", action="store_true", help="tiny shapes: checks that the script runs, measures nothing"

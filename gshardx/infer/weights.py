@@ -13,11 +13,17 @@ from jaxtyping import Int
 
 from gshardx.errors import BadInput
 from gshardx.infer.exchange import Exchange
-from gshardx.layers import Layers, MergedExperts, MoE, merged
+from gshardx.layers import Layers, MergedExperts, MoE, Router, merged
+from gshardx.layers.routing import MergingRouter
 from gshardx.models.build import Blueprint, Params, Variables, blueprint
 from gshardx.models.decode import check_causal
 from gshardx.sharding import CompiledStep, shard
 from gshardx.sharding.kept import KeptSteps
+
+
+def merges(router: Router) -> bool:
+    """Whether its experts are merged: they stay as they are trained, and so does the way to them."""
+    return isinstance(router, MergingRouter)
 
 
 class Serving(Layers):
@@ -28,6 +34,8 @@ class Serving(Layers):
         for unit in self.separate:
             moe = unit.sparse.feed_forward
             assert isinstance(moe, MoE)
+            if merges(moe.router):
+                continue
             moe.dispatcher, moe.experts = exchange.dispatcher, MergedExperts(moe.experts, sliced=exchange.sliced)
             moe.place = nnx.data(shard(nnx.Param(jnp.arange(moe.router.num_experts)), "router", name="place"))
 
@@ -40,15 +48,16 @@ def separate(plan: Blueprint, variables: Variables, mesh: Mesh, exchange: Exchan
     """
     check_causal(plan)
     apart = blueprint(plan.config, plan.vocab, mesh, stack=partial(Serving, exchange=exchange))
-    count = len(apart.params["stack"]["separate"])
+    count, stay = len(apart.params["stack"]["separate"]), merges(plan.bind(plan.params).stack.router)
 
     def arrange(params: Params) -> Params:
         units: dict[Any, Params] = {}
         for index in range(count):
             unit = jax.tree.map(lambda leaf, index=index: leaf[index], params["stack"]["units"])
             moe = unit["sparse"]["feed_forward"]
-            own = {**moe, "experts": merged(moe["experts"]), "place": jnp.arange(plan.config.moe.num_experts)}
-            units[index] = {**unit, "sparse": {**unit["sparse"], "feed_forward": own}}
+            if not stay:
+                moe = {**moe, "experts": merged(moe["experts"]), "place": jnp.arange(plan.config.moe.num_experts)}
+            units[index] = {**unit, "sparse": {**unit["sparse"], "feed_forward": moe}}
         return {**params, "stack": {"separate": units}}
 
     places = jax.tree.map(lambda leaf: leaf.sharding, apart.params)

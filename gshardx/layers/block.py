@@ -1,7 +1,8 @@
 """Pre-norm transformer blocks, and a stack of repeating units that compiles once whatever its depth."""
 
 from collections.abc import Callable
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +74,10 @@ class Block(nnx.Module):
         x = x + self._branch(out, at_attention).astype(x.dtype)
         normed, metrics = self.feed_forward_norm(x, self.dtypes[1]), None
         if isinstance(self.feed_forward, MoE):
-            notes = self.feed_forward.router.noted(normed, ids)
-            if notes is not None:
-                kept, queries = self.attention.kept, self.attention.heads
-                notes, memory = recalled(notes.astype(normed.dtype), memory, note_layer, kept, queries)
-            out, metrics = self.feed_forward(normed, valid, at_router, state, ids, notes)
+            room: dict[str, Any] = {"kept": self.attention.kept, "queries": self.attention.heads, "dtype": normed.dtype}
+            mean_of = partial(recalled, layer=note_layer, **room)
+            told, memory = self.feed_forward.router.recall(normed, ids, positions, memory, mean_of)
+            out, metrics = self.feed_forward(normed, valid, at_router, state, ids, told)
         else:
             out = self.feed_forward(normed)
         return x + self._branch(out, at_output).astype(x.dtype), memory, metrics

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gshardx.errors import BadInput
 from gshardx.layers import KVCache
+from gshardx.layers.routing import MergingRouter
 from gshardx.models.attention import kept
 from gshardx.models.build import Blueprint, Variables
 from gshardx.sharding import abstract_array
@@ -48,10 +49,15 @@ class Sampling(NamedTuple):
 
 
 def check_causal(plan: Blueprint) -> None:
-    """Raise BadInput if a token's experts hang on tokens that a decoder has not written yet."""
-    leak = plan.bind(plan.params).stack.router.leak
-    if leak is not None:
-        raise BadInput(f"model.moe.router = {plan.config.moe.router} can't decode: {leak}; train with gshard or top_k")
+    """Raise BadInput if a token's experts hang on tokens that a decoder has not written yet, or on groups."""
+    router, moe = plan.bind(plan.params).stack.router, plan.config.moe
+    if router.leak is not None:
+        raise BadInput(f"model.moe.router = {moe.router} can't decode: {router.leak}; train with gshard or top_k")
+    if isinstance(router, MergingRouter) and moe.group_size is not None:
+        raise BadInput(
+            f"model.moe.group_size = {moe.group_size}: stretches of {moe.router} begin anew in each group, of which "
+            "decoding knows nothing; train without it"
+        )
 
 
 def abstract_state(blueprint: Blueprint, rows: int, length: int, mesh: Mesh) -> DecodeState:

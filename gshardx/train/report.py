@@ -31,11 +31,9 @@ def report(
     say(f"\nvalidation  {scores[BITS_PER_BYTE]:.3f} bits per byte on {documents} held-out document(s), {size:,} bytes")
     if xz is not None:
         say(f"            ({xz:.3f} for xz -9e, which reads the training text first)")
-    router = job.blueprint.bind(job.blueprint.params).stack.router
-    leak = router.leak
+    leak = job.blueprint.bind(job.blueprint.params).stack.router.leak
     if leak is not None:
-        told = "; so these bits are better than the model is" if router.sees_later else ""
-        say(f"no sample   router {job.config.model.moe.router}: {leak}{told}")
+        say(f"no sample   router {job.config.model.moe.router}: {leak}; so these bits are better than the model is")
     elif job.config.train.sample_tokens:
         say(f"sample      {_sample(job, variables, text)}")
     say(f"goodput     {in_words(goodput.seconds)}")

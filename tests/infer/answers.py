@@ -66,7 +66,7 @@ def check_against_full_pass(plan, variables, requests, answers):
         return jax.nn.log_softmax(module.logits(hidden)), metrics.experts
 
     whole = [np.concatenate([request.prompt, answers[request.id, 0].tokens]).astype(np.int32) for request in requests]
-    tokens, real = (np.zeros((len(whole), max(map(len, whole))), np.int32) for _ in range(2))
+    tokens, real = (np.zeros((len(whole), -(-max(map(len, whole)) // 8) * 8), np.int32) for _ in range(2))
     for row, sequence in enumerate(whole):
         tokens[row, : len(sequence)], real[row, : len(sequence)] = sequence, 1
     logprobs, experts = map(np.asarray, computed(tokens, real))

@@ -198,6 +198,7 @@ ROUTER_CONFIGS = {
     "ds_moe": {"router": "ds_moe"},
     "dselect_k": {"router": "dselect_k"},
     "relu": {"router": "relu", "losses": {"sparsity": 1.0}},
+    "lory": {"router": "lory", "top_k": 1, "router_options": {"segment": 8}},
     "sentence": {"router": "sentence"},
     "task": {"router": "task", "router_options": {"tags": TAGS[:5]}},
     "demix": {"router": "demix", "top_k": 1, "router_options": {"tags": TAGS}},
@@ -227,10 +228,16 @@ NOT_CAUSAL = {
     "expert_choice": ({}, "later ones too"),
     "soft_moe": ({}, "later ones too"),
     "smear": ({"top_k": 1}, "later ones too"),
-    "lory": ({"top_k": 1}, "which no cache keeps"),
     "meo": ({}, "later ones too"),
 }
 """Their settings, and why."""
+
+
+def test_stretches_that_begin_inside_a_row_are_not_served():
+    moe = dataclasses.replace(MODEL.moe, router="lory", top_k=1, group_size=8)
+    own = Model(config=dataclasses.replace(MODEL, moe=moe))
+    with pytest.raises(BadInput, match=r"model\.moe\.group_size = 8: stretches of lory begin anew in each group"):
+        abstract_state(own.plan, 8, 16, own.mesh)
 
 
 def test_every_router_is_in_that_test():

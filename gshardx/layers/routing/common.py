@@ -1,6 +1,6 @@
 """What all routers share: capacity, losses, and the way from chosen experts to a Routing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,7 +36,6 @@ class RouterBase(nnx.Module):
     MIXES = False
     """Whether its routings are ``mixed``."""
     LOSSES: Mapping[str, Loss] = {"balance": BalanceLoss(), "z": ZLoss()}
-    sees_later: bool = True
 
     def __init__(
         self,
@@ -83,8 +82,15 @@ class RouterBase(nnx.Module):
 
     keeps_notes = False
 
-    def noted(self, tokens: Float[Array, "b t m"], ids: Int[Array, "b t"] | None) -> Float[Array, "b t n"] | None:
-        return None
+    def recall(
+        self,
+        tokens: Float[Array, "b t m"],
+        ids: Int[Array, "b t"] | None,
+        positions: Int[Array, "b t"],
+        memory: Any,
+        mean_of: Callable[..., Any],
+    ) -> tuple[Any, Any]:
+        return None, memory
 
     def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s n"] | None = None) -> Any:
         return self

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.errors import BadInput
 from gshardx.layers.balance import Loss, Sums
+from gshardx.layers.notes import MeanOf
 from gshardx.layers.routing.statistics import RouterStats
 
 RouterState = Any
@@ -70,7 +71,6 @@ class Router(Protocol):
     losses: tuple[tuple[str, Loss], ...]
     output_masking: float
     token_drop: float
-    sees_later: bool  # whether it is later tokens that a ``leak`` is of
 
     @property
     def leak(self) -> str | None: ...  # why no decoder can be served
@@ -80,13 +80,14 @@ class Router(Protocol):
     def after_step_of_layers(self, state: RouterState) -> RouterState: ...
 
     @property
-    def keeps_notes(self) -> bool: ...  # or ``noted`` is None
+    def keeps_notes(self) -> bool: ...  # or ``recall`` gives None
 
-    def noted(self, tokens: Float[Array, "b t m"], ids: Int[Array, "b t"] | None) -> Float[Array, "b t n"] | None:
-        """What later tokens of the same documents are to be told of these."""
+    def recall(self, tokens: Any, ids: Any, positions: Any, memory: Any, mean_of: MeanOf) -> tuple[Any, Any]:
+        """What ``reading`` is to be told of each token's document so far, and the memory that holds these tokens."""
+        ...
 
     def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s n"] | None) -> "Router":
-        """Itself, for tokens with these ids and means of notes, their own and their documents' earlier ones."""
+        """Itself, for tokens with these ids, and what ``recall`` found for them."""
         ...
 
     def __call__(

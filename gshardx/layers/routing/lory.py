@@ -11,13 +11,15 @@ without its gradient, which still tells a token of later ones: here the first se
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.errors import BadInput
+from gshardx.layers.notes import MeanOf
 from gshardx.layers.routing.contract import RouterState, Routing
 from gshardx.layers.routing.merging import MergingRouter, mean_of_stretches
 
@@ -28,7 +30,7 @@ class LoryRouter(MergingRouter):
     segment: tokens that share a network; the paper's 256. A group that is shorter is one segment.
     """
 
-    sees_later = False
+    keeps_notes = True
 
     def __init__(self, width: int, num_experts: int, *, segment: int = 256, **common: Any) -> None:
         super().__init__(width, num_experts, num_experts, **common)
@@ -38,21 +40,47 @@ class LoryRouter(MergingRouter):
 
     @property
     def leak(self) -> str | None:
-        return "a segment's experts are merged by tokens before it, which no cache keeps"
+        return None
 
     def stretch(self, group: int) -> int:
         return min(self.segment, group)
 
+    def recall(
+        self, tokens: Float[Array, "b t m"], ids: Any, positions: Int[Array, "b t"], memory: Any, mean_of: MeanOf
+    ) -> tuple[Float[Array, "b t e"] | None, Any]:
+        """Where tokens come one by one: the mean of the segment before, from means that begin with it and after it."""
+        if not memory.KEEPS:
+            return None, memory
+        notes, own = self.product(tokens, self.kernel), positions % self.segment
+        both, memory = mean_of(notes, memory, own + self.segment)
+        last, memory = mean_of(notes, memory, own)
+        count = own[..., None] + 1
+        in_both = jnp.minimum(count + self.segment, positions[..., None] + 1)
+        return (both * in_both - last * count) / self.segment, memory
+
+    def reading(self, ids: Any, recalled: Float[Array, "g s e"] | None = None) -> Any:
+        return self if recalled is None else partial(self, recalled=recalled)
+
     def __call__(
-        self, tokens: Float[Array, "g s m"], valid: Bool[Array, "g s"], rng: Array | None, state: RouterState = ()
+        self,
+        tokens: Float[Array, "g s m"],
+        valid: Bool[Array, "g s"],
+        rng: Array | None,
+        state: RouterState = (),
+        *,
+        recalled: Float[Array, "g s e"] | None = None,
     ) -> Routing:
+        bias = None if self.bias is None else self.bias[...]
+        if recalled is not None:
+            logits, gates = mixture(recalled, bias)
+            return self.merged(self.everyone(logits, gates, valid), gates, valid, rng)
         s = tokens.shape[1]
         segment = self.stretch(s)
         if s % segment:
             fits = math.gcd(s, segment)
             raise BadInput(f"segment = {segment} does not divide a group of {s} tokens; use a divisor such as {fits}")
         means, some = mean_of_stretches(self.product(tokens, self.kernel), valid, segment)
-        logits, gates = mixture(before(means), None if self.bias is None else self.bias[...])
+        logits, gates = mixture(before(means), bias)
         return self.merged(self.everyone(logits, gates, some), gates, valid, rng=rng)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gshardx.layers.notes import MeanOf
 from gshardx.layers.routing.contract import RouterState, Routing
 from gshardx.layers.routing.top_k import TopKRouter
 
@@ -23,8 +24,10 @@ class SentenceRouter(TopKRouter):
 
     keeps_notes = True
 
-    def noted(self, tokens: Float[Array, "b t m"], ids: Any = None) -> Float[Array, "b t e"]:
-        return self.logits(tokens)
+    def recall(
+        self, tokens: Float[Array, "b t m"], ids: Any, positions: Any, memory: Any, mean_of: MeanOf
+    ) -> tuple[Float[Array, "b t e"], Any]:
+        return mean_of(self.logits(tokens), memory)
 
     def reading(self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s e"] | None = None) -> Any:
         return self if recalled is None else partial(self, recalled=recalled)

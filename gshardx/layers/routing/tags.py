@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gshardx.errors import BadInput
+from gshardx.layers.notes import MeanOf
 from gshardx.layers.routing.sentence import running_mean
 
 
@@ -25,7 +26,12 @@ class Tagged:
             raise BadInput(f"tags = {tags}: each must be another token")
         self.tags = tuple(tags)
 
-    def noted(self, tokens: Any, ids: Int[Array, "*b t"] | None) -> Float[Array, "*b t n"]:
+    def recall(
+        self, tokens: Any, ids: Int[Array, "b t"] | None, positions: Any, memory: Any, mean_of: MeanOf
+    ) -> tuple[Float[Array, "b t n"], Any]:
+        return mean_of(self._notes(ids), memory)
+
+    def _notes(self, ids: Int[Array, "*b t"] | None) -> Float[Array, "*b t n"]:
         """1 where a token is the tag."""
         if ids is None:
             raise BadInput("a router that goes by tags looks at the tokens' ids; give the layer its argument ids")
@@ -38,6 +44,6 @@ class Tagged:
         self, ids: Int[Array, "g s"] | None, recalled: Float[Array, "g s n"] | None, valid: Bool[Array, "g s"]
     ) -> Int[Array, "g s"]:
         """The tag that each token's document has up to there; of several the first of the list; n: none."""
-        share = running_mean(self.noted(None, ids), valid) if recalled is None else recalled
+        share = running_mean(self._notes(ids), valid) if recalled is None else recalled
         has = share > 0
         return jnp.where(has.any(-1), jnp.argmax(has, axis=-1), len(self.tags)).astype(jnp.int32)
